@@ -1,0 +1,1 @@
+"""What a fast run is worth: frames in, numbers and pictures out."""
