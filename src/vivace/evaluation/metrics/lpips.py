@@ -1,8 +1,8 @@
 """Learned perceptual image patch similarity (Zhang et al., arXiv:1801.03924), AlexNet or VGG16 backbone.
 
 The `lpips` package brings the small linear heads but fetches the backbone from the network. Here nothing is
-fetched: the backbone comes from a file the user names, and without package or file the metric is *skipped with
-a reason*.
+fetched: the backbone comes from a file the user names, and without package or file the metric is *skipped*,
+with the reason.
 """
 
 from __future__ import annotations
@@ -113,8 +113,6 @@ def _load_backbone(network: Any, path: Path) -> None:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    import pickle
-
     import torch
 
     try:
@@ -123,7 +121,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged pickle can fail in any way at all
         raise WeightsError(
             f"the LPIPS weights file {path} cannot be read; save the state dict again"
         ) from error
