@@ -1,0 +1,1 @@
+"""Kernels: one folder per operation, a torch reference beside every fast implementation."""

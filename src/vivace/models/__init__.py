@@ -1,0 +1,1 @@
+"""Model families: the only home of architecture names."""

@@ -1,0 +1,343 @@
+"""What a model family looks like to a technique: roles and sites, never architecture names.
+
+An `Adapter` knows one family of diffusers transformers. From configurations alone it makes a `ModelDescription`
+(no weights, used to check plans); from a live pipeline it finds the `Expert`s with their blocks, attention sites
+and linears. Legend of shapes: B batch rows (a fused guidance pair has two rows per sample), S tokens, L text
+tokens, H heads, D head dimension, C channels.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from vivace.core.shapes import PixelRules, TokenGrid, Workload
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+EXPERTS = ("transformer", "transformer_2")
+
+
+class Need(StrEnum):
+    """What a technique may need from a model."""
+
+    ORDERED_BLOCKS = "ordered blocks"
+    ATTENTION_SITES = "attention sites"
+    TOKEN_GRID = "token grid"
+    LINEAR_SITES = "linear sites"
+    GUIDANCE = "classifier-free guidance"
+    FLOW_SCHEDULER = "flow-matching scheduler"
+
+
+class Guidance(StrEnum):
+    """How a pipeline evaluates classifier-free guidance."""
+
+    SEPARATE = "separate"
+    FUSED = "fused"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLayout:
+    """Argument names of a block's forward. Blocks with a text stream return (hidden, text), others hidden."""
+
+    hidden: str = "hidden_states"
+    text: str | None = None
+    batched: tuple[str, ...] = ("hidden_states", "encoder_hidden_states", "temb")
+    kind: str = "blocks"
+
+
+@dataclass(eq=False)
+class Block:
+    """One transformer block. `site` is its address, e.g. `transformer.blocks.3`."""
+
+    site: str
+    index: int
+    module: nn.Module
+    layout: BlockLayout
+
+    @cached_property
+    def _signature(self) -> inspect.Signature:
+        return inspect.signature(type(self.module).forward)
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BlockCall:
+        """Name the arguments of a call."""
+        bound = self._signature.bind(self.module, *args, **kwargs)
+        values = dict(bound.arguments)
+        values.pop(next(iter(values)))
+        return BlockCall(self.layout, values)
+
+
+@dataclass(slots=True)
+class BlockCall:
+    """A block's arguments by name, with the streams that pass from block to block."""
+
+    layout: BlockLayout
+    values: dict[str, Any]
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """Video stream (B, S, C)."""
+        return self.values[self.layout.hidden]
+
+    @property
+    def text(self) -> torch.Tensor | None:
+        """Text stream (B, L, C) where the block updates one, else None."""
+        return self.values[self.layout.text] if self.layout.text else None
+
+    def run(self, forward: Callable[..., Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Call `forward`; returns (hidden, text or None)."""
+        return self.split(forward(**self.values))
+
+    def split(self, out: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A block's return value as (hidden, text or None)."""
+        return (out[0], out[1]) if self.layout.text else (out, None)
+
+    def join(self, hidden: torch.Tensor, text: torch.Tensor | None) -> Any:
+        """Inverse of `split`."""
+        return (hidden, text) if self.layout.text else hidden
+
+    def rows(self, index: torch.Tensor) -> BlockCall:
+        """The same call for some batch rows only. `index` (R,) int64."""
+        total = self.hidden.shape[0]
+        values = dict(self.values)
+        for name in self.layout.batched:
+            value = values.get(name)
+            if hasattr(value, "shape") and value.ndim and value.shape[0] == total:
+                values[name] = value.index_select(0, index)
+        return BlockCall(self.layout, values)
+
+
+@dataclass(slots=True, eq=False)
+class AttentionSite:
+    """One attention module. `kind` is `self` (video with itself), `cross` (video to text) or `joint`."""
+
+    site: str
+    index: int
+    module: nn.Module
+    kind: str
+    heads: int
+    head_dim: int
+
+    def lengths(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int, int]:
+        """(rows, queries, keys) of a call of the module."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+        rows, queries = hidden.shape[0], hidden.shape[1]
+        extra = 0 if text is None else text.shape[1]
+        if self.kind == "joint":
+            return rows, queries + extra, queries + extra
+        return rows, queries, extra if self.kind == "cross" else queries
+
+
+@dataclass(slots=True, eq=False)
+class LinearSite:
+    """One linear layer of a block. `role` is one of `attention.q|k|v|out`, `cross.q|k|v|out`, `ffn.in|out`, `other`."""
+
+    site: str
+    block: int
+    role: str
+    parent: nn.Module
+    name: str
+
+    @property
+    def module(self) -> nn.Module:
+        return self.parent._modules[self.name]  # type: ignore[return-value]
+
+
+@dataclass(slots=True, eq=False)
+class Expert:
+    """One transformer of the pipeline (Wan 2.2 has two)."""
+
+    name: str
+    module: nn.Module
+    blocks: list[Block] = field(default_factory=list)
+    attentions: list[AttentionSite] = field(default_factory=list)
+    linears: list[LinearSite] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertDescription:
+    """One transformer, from its configuration alone."""
+
+    name: str
+    depth: int
+    heads: int
+    head_dim: int
+    config: Mapping[str, Any] = field(hash=False, compare=False, repr=False)
+    class_name: str = ""
+    block_sites: tuple[str, ...] = ()
+    attention_sites: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """A pipeline from its configuration files alone: enough to check a plan, no weights."""
+
+    name: str
+    pipeline_class: str
+    family: str
+    experts: tuple[ExpertDescription, ...]
+    scheduler_class: str
+    scheduler: Mapping[str, Any] = field(hash=False, compare=False, repr=False)
+    guidance: Guidance
+    pixels: PixelRules | None
+    offers: frozenset[Need]
+    defaults: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
+    components: Mapping[str, str] = field(default_factory=dict, hash=False, compare=False)
+    boundary_ratio: float | None = None
+
+    @property
+    def depth(self) -> int:
+        """Blocks of one expert (all experts of one pipeline have the same depth)."""
+        return self.experts[0].depth if self.experts else 0
+
+    @cached_property
+    def adapter(self) -> Adapter | None:
+        """The family's adapter; None for a pipeline Vivace has no adapter for."""
+        from vivace.models.families import by_family
+
+        return by_family(self.family) if self.family else None
+
+    def workload(self, **changes: Any) -> Workload:
+        """The model's default workload with changes."""
+        d = self.defaults
+        base = Workload(
+            frames=d.get("num_frames", 81),
+            height=d.get("height", 480),
+            width=d.get("width", 832),
+            steps=d.get("num_inference_steps", 50),
+            guidance=d.get("guidance_scale", 5.0) if self.guidance is not Guidance.NONE else 1.0,
+            text=d.get("max_sequence_length", 512),
+        )
+        return base.with_(**{k: v for k, v in changes.items() if v is not None})
+
+    def grid(self, workload: Workload) -> TokenGrid | None:
+        """Token grid of a workload; None without an adapter."""
+        return self.adapter.grid(self, workload) if self.adapter else None
+
+
+class Adapter:
+    """One family. Subclasses state facts; the shared code below walks the modules."""
+
+    family: ClassVar[str]
+    transformer_classes: ClassVar[tuple[str, ...]]
+    guidance: ClassVar[Guidance] = Guidance.SEPARATE
+    layouts: ClassVar[Mapping[str, BlockLayout]] = {"blocks": BlockLayout()}
+    """Block-list attribute of the transformer -> layout, in the order they run."""
+    roles: ClassVar[Mapping[str, str]] = {}
+    """Path of a linear inside a block -> role."""
+    attention: ClassVar[Mapping[str, str]] = {}
+    """Attribute of an attention module inside a block -> kind."""
+    depth_keys: ClassVar[Mapping[str, str]] = {"blocks": "num_layers"}
+    """Block-list attribute -> configuration key of its length."""
+
+    def expert(self, name: str, module: nn.Module) -> Expert:
+        """Find blocks, attention sites and linears of a live transformer."""
+        expert = Expert(name, module)
+        heads, head_dim = self.head_shape(module.config)  # type: ignore[arg-type]
+        for attribute, layout in self.layouts.items():
+            for i, block in enumerate(getattr(module, attribute, ())):
+                index, site = len(expert.blocks), f"{name}.{attribute}.{i}"
+                expert.blocks.append(Block(site, index, block, layout))
+                for path, kind in self.attention.items():
+                    if (found := getattr(block, path, None)) is not None:
+                        expert.attentions.append(
+                            AttentionSite(f"{site}.{path}", index, found, kind, heads, head_dim)
+                        )
+                expert.linears.extend(self._linears(site, index, block))
+        return expert
+
+    def _linears(self, site: str, index: int, block: nn.Module) -> Iterator[LinearSite]:
+        from torch import nn
+
+        for path, module in block.named_modules():
+            if isinstance(module, nn.Linear):
+                parent, _, leaf = path.rpartition(".")
+                yield LinearSite(
+                    f"{site}.{path}", index, self.roles.get(path, "other"), block.get_submodule(parent), leaf
+                )
+
+    def describe_expert(self, name: str, class_name: str, config: Mapping[str, Any]) -> ExpertDescription:
+        """As `expert`, from the configuration alone."""
+        heads, head_dim = self.head_shape(config)
+        sites = [
+            f"{name}.{attribute}.{i}"
+            for attribute, key in self.depth_keys.items()
+            for i in range(config.get(key, 0))
+        ]
+        attentions = [f"{s}.{path}" for s in sites for path in self.attention]
+        return ExpertDescription(
+            name, len(sites), heads, head_dim, config, class_name, tuple(sites), tuple(attentions)
+        )
+
+    def head_shape(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        """(heads, head_dim)."""
+        return config["num_attention_heads"], config["attention_head_dim"]
+
+    def pixels(self, components: Mapping[str, Mapping[str, Any]]) -> PixelRules | None:
+        """Which clips can be made, from the components' configurations (by component name)."""
+        raise TypeError(f"the {self.family} adapter does not say which clips it can make")
+
+    def grid(self, model: ModelDescription, workload: Workload) -> TokenGrid:
+        """Token grid of a workload, from configurations."""
+        raise TypeError(f"the {self.family} adapter does not know its token grid")
+
+    def grid_of_call(self, config: Mapping[str, Any], call: Mapping[str, Any]) -> TokenGrid:
+        """Token grid of a live call of the transformer, from its named arguments."""
+        raise TypeError(f"the {self.family} adapter does not know its token grid")
+
+    def dummy_call(
+        self, model: ModelDescription, workload: Workload, device: Any, dtype: Any
+    ) -> dict[str, Any]:
+        """Arguments of one transformer call of the workload's shape (used on the meta device and in tests)."""
+        raise TypeError(f"the {self.family} adapter cannot make inputs")
+
+    def processor(self, site: AttentionSite, kernel: Callable[..., Any]) -> Any:
+        """An attention processor equal to the model's own, with `kernel(q, k, v, mask)` in the place of attention.
+
+        q, k, v are (B, S, H, D) as diffusers' dispatcher takes them; the kernel returns (B, S, H, D).
+        """
+        raise TypeError(f"the {self.family} adapter cannot change attention")
+
+    def fused_now(self, pipeline: Any) -> bool:
+        """Whether the running call batches the guidance pair."""
+        return self.guidance is Guidance.FUSED and float(getattr(pipeline, "guidance_scale", 1.0)) > 1.0
+
+
+@dataclass(slots=True)
+class RootCall:
+    """A transformer call's arguments by name. `rows` is the batch (twice the samples for a fused guidance pair)."""
+
+    values: dict[str, Any]
+    rows: int
+
+    @classmethod
+    def bind(cls, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RootCall:
+        """Name the arguments of `module(*args, **kwargs)`."""
+        values = dict(inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments)
+        values.pop(next(iter(values)))
+        return cls(values, values["hidden_states"].shape[0])
+
+    @property
+    def key(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes without the batch: calls with equal keys cost the same per row."""
+        text = self.values.get("encoder_hidden_states")
+        return (
+            tuple(self.values["hidden_states"].shape[1:]),
+            tuple(text.shape[1:]) if text is not None else (),
+        )
+
+    def select(self, start: int, stop: int) -> RootCall:
+        """The same call for the batch rows start to stop."""
+        values = {
+            k: v[start:stop] if hasattr(v, "shape") and v.ndim and v.shape[0] == self.rows else v
+            for k, v in self.values.items()
+        }
+        return RootCall(values, stop - start)

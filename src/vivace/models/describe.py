@@ -1,0 +1,115 @@
+"""A `ModelDescription` from a live pipeline or from a folder's configuration files (no weights read)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vivace.core.errors import ModelError
+from vivace.models.adapter import EXPERTS, ExpertDescription, Guidance, ModelDescription, Need
+from vivace.models.families import by_class, for_module
+
+_CONFIGURED = (*EXPERTS, "vae", "scheduler", "text_encoder")
+
+
+def describe_pipeline(
+    pipeline: Any, *, name: str = "", defaults: Mapping[str, Any] | None = None
+) -> ModelDescription:
+    """Describe a live diffusers pipeline."""
+    configs: dict[str, Mapping[str, Any]] = {}
+    classes: dict[str, str] = {}
+    for part in _CONFIGURED:
+        module = getattr(pipeline, part, None)
+        if module is not None:
+            config = getattr(module, "config", None)
+            configs[part] = (
+                dict(config) if isinstance(config, Mapping) else getattr(config, "to_dict", dict)()
+            )
+            classes[part] = type(module).__name__
+    transformer = next((m for e in EXPERTS if (m := getattr(pipeline, e, None)) is not None), None)
+    adapter = for_module(transformer) if transformer is not None else None
+    if adapter is not None:
+        # A subclass of a known transformer is driven like its parent.
+        classes |= {e: adapter.transformer_classes[0] for e in EXPERTS if e in classes}
+    ratio = getattr(getattr(pipeline, "config", None), "boundary_ratio", None)
+    return _describe(
+        name or type(pipeline).__name__, type(pipeline).__name__, configs, classes, defaults, ratio
+    )
+
+
+def describe_folder(
+    folder: Path, *, name: str = "", defaults: Mapping[str, Any] | None = None
+) -> ModelDescription:
+    """Describe a pipeline saved in diffusers' layout, reading only its JSON files.
+
+    Raises:
+        ModelError: the folder is no pipeline; the sentence names the file that is missing or damaged.
+    """
+    index = _json(folder / "model_index.json")
+    configs: dict[str, Mapping[str, Any]] = {}
+    classes: dict[str, str] = {}
+    for part in _CONFIGURED:
+        entry = index.get(part)
+        if not entry or entry[1] is None:
+            continue
+        file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+        configs[part], classes[part] = _json(file), entry[1]
+    return _describe(
+        name or folder.name, index["_class_name"], configs, classes, defaults, index.get("boundary_ratio")
+    )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{file} is missing: a pipeline folder in diffusers' layout holds it.") from None
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{file} cannot be read ({error}); download the model again.") from None
+
+
+def _describe(
+    name: str,
+    pipeline_class: str,
+    configs: Mapping[str, Mapping[str, Any]],
+    classes: Mapping[str, str],
+    defaults: Mapping[str, Any] | None,
+    boundary_ratio: float | None,
+) -> ModelDescription:
+    experts: list[ExpertDescription] = []
+    adapter = next((a for e in EXPERTS if e in classes and (a := by_class(classes[e]))), None)
+    for part in EXPERTS:
+        if part not in classes:
+            continue
+        if adapter is not None:
+            experts.append(adapter.describe_expert(part, classes[part], configs[part]))
+        else:
+            experts.append(ExpertDescription(part, 0, 0, 0, configs[part], classes[part]))
+    scheduler = configs.get("scheduler", {})
+    guidance = adapter.guidance if adapter is not None else Guidance.SEPARATE
+    offers = set()
+    if adapter is not None:
+        offers |= {Need.ORDERED_BLOCKS, Need.ATTENTION_SITES, Need.TOKEN_GRID, Need.LINEAR_SITES}
+    if guidance is not Guidance.NONE:
+        offers.add(Need.GUIDANCE)
+    if scheduler.get("prediction_type") == "flow_prediction" or "FlowMatch" in classes.get("scheduler", ""):
+        offers.add(Need.FLOW_SCHEDULER)
+    facts = dict(defaults or {})
+    if "vae" in configs:
+        facts["vae"] = dict(configs["vae"])
+    return ModelDescription(
+        name=name,
+        pipeline_class=pipeline_class,
+        family=adapter.family if adapter else "",
+        experts=tuple(experts),
+        scheduler_class=classes.get("scheduler", ""),
+        scheduler=scheduler,
+        guidance=guidance,
+        pixels=adapter.pixels(configs) if adapter else None,
+        offers=frozenset(offers),
+        defaults=facts,
+        components=dict(classes),
+        boundary_ratio=boundary_ratio,
+    )

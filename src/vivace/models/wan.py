@@ -1,0 +1,138 @@
+"""Wan 2.1 and 2.2 (arXiv 2503.20314): self-attention over video tokens, cross-attention to text, separate guidance.
+
+Wan 2.2 A14B has two experts, `transformer` for high noise and `transformer_2` for low noise; Wan 2.2 TI2V-5B gives
+every token its own timestep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from vivace.core.shapes import PixelRules, TokenGrid, Workload
+from vivace.models.adapter import Adapter, AttentionSite, BlockLayout, Guidance, ModelDescription
+
+IMAGE_TEXT_LENGTH = 512
+"""Text length that diffusers assumes behind the image tokens of image-to-video models."""
+
+
+class WanAdapter(Adapter):
+    """See the module."""
+
+    family = "wan"
+    transformer_classes = ("WanTransformer3DModel",)
+    guidance = Guidance.SEPARATE
+    layouts: ClassVar[Mapping[str, BlockLayout]] = {
+        "blocks": BlockLayout(batched=("hidden_states", "encoder_hidden_states", "temb"))
+    }
+    attention: ClassVar[Mapping[str, str]] = {"attn1": "self", "attn2": "cross"}
+    roles: ClassVar[Mapping[str, str]] = {
+        "attn1.to_q": "attention.q",
+        "attn1.to_k": "attention.k",
+        "attn1.to_v": "attention.v",
+        "attn1.to_out.0": "attention.out",
+        "attn2.to_q": "cross.q",
+        "attn2.to_k": "cross.k",
+        "attn2.to_v": "cross.v",
+        "attn2.to_out.0": "cross.out",
+        "ffn.net.0.proj": "ffn.in",
+        "ffn.net.2": "ffn.out",
+    }
+
+    def pixels(self, components: Mapping[str, Mapping[str, Any]]) -> PixelRules | None:
+        vae, transformer = (
+            components.get("vae", {}),
+            components.get("transformer") or components.get("transformer_2"),
+        )
+        patch = (transformer or {}).get("patch_size", (1, 2, 2))
+        spatial = vae.get("scale_factor_spatial", 8) * patch[1]
+        # WanPipeline.check_inputs asks for multiples of 16 whatever the VAE's factor is.
+        return PixelRules(vae.get("scale_factor_temporal", 4), max(spatial, 16))
+
+    def grid(self, model: ModelDescription, workload: Workload) -> TokenGrid:
+        t, h, w = self._latent(model, workload)
+        p = model.experts[0].config["patch_size"]
+        return TokenGrid(t // p[0], h // p[1], w // p[2])
+
+    def grid_of_call(self, config: Mapping[str, Any], call: Mapping[str, Any]) -> TokenGrid:
+        _, _, t, h, w = call["hidden_states"].shape
+        p = config["patch_size"]
+        return TokenGrid(t // p[0], h // p[1], w // p[2])
+
+    def dummy_call(
+        self, model: ModelDescription, workload: Workload, device: Any, dtype: Any
+    ) -> dict[str, Any]:
+        config = model.experts[0].config
+        rows, (t, h, w) = workload.batch, self._latent(model, workload)
+        call = {
+            "hidden_states": torch.zeros(rows, config["in_channels"], t, h, w, device=device, dtype=dtype),
+            "timestep": torch.full((rows,), 500.0, device=device),
+            "encoder_hidden_states": torch.zeros(
+                rows, workload.text, config["text_dim"], device=device, dtype=dtype
+            ),
+        }
+        if config.get("image_dim"):
+            call["encoder_hidden_states_image"] = torch.zeros(
+                rows, 257, config["image_dim"], device=device, dtype=dtype
+            )
+        return call
+
+    def processor(self, site: AttentionSite, kernel: Callable[..., Any]) -> Any:
+        return WanKernelProcessor(kernel)
+
+    @staticmethod
+    def _latent(model: ModelDescription, workload: Workload) -> tuple[int, int, int]:
+        vae = model.defaults.get("vae", {})
+        ft, fs = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
+        return (workload.frames - 1) // ft + 1, workload.height // fs, workload.width // fs
+
+
+class WanKernelProcessor:
+    """Wan's attention around any kernel: projections, RMS norms across heads, rotary embedding, output."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self, kernel: Callable[..., torch.Tensor]) -> None:
+        self.kernel = kernel
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        image = None
+        if attn.add_k_proj is not None and encoder_hidden_states is not None:
+            split = encoder_hidden_states.shape[1] - IMAGE_TEXT_LENGTH
+            image, encoder_hidden_states = encoder_hidden_states[:, :split], encoder_hidden_states[:, split:]
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if getattr(attn, "fused_projections", False):
+            if attn.is_cross_attention:
+                q, (k, v) = attn.to_q(hidden_states), attn.to_kv(context).chunk(2, dim=-1)
+            else:
+                q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        heads = (attn.heads, -1)
+        q, k = attn.norm_q(q).unflatten(2, heads), attn.norm_k(k).unflatten(2, heads)
+        v = v.unflatten(2, heads)
+        if rotary_emb is not None:
+            q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
+        out = self.kernel(q, k, v, attention_mask).flatten(2, 3).type_as(q)
+        if image is not None:
+            ki = attn.norm_added_k(attn.add_k_proj(image)).unflatten(2, heads)
+            vi = attn.add_v_proj(image).unflatten(2, heads)
+            out = out + self.kernel(q, ki, vi, None).flatten(2, 3).type_as(q)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of interleaved pairs. x (B, S, H, D); cos, sin (1, S, 1, D) with each value twice."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    c, s = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack((even * c - odd * s, even * s + odd * c), dim=-1).flatten(-2).type_as(x)

@@ -1,0 +1,1 @@
+"""Plans and sessions: what is to be done, and doing it."""

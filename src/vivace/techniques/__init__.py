@@ -1,0 +1,1 @@
+"""Techniques, one file each, in the survey's four families (distillation, attention, compression, caching) plus trajectory."""
