@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from vivace.evaluation.frames import FrameError, FrameMetric, unit_pair, worst_frame
 
@@ -69,7 +70,5 @@ def _frame_ssim(x: np.ndarray, y: np.ndarray, taps: np.ndarray) -> float:
 
 def _blur_valid(maps: np.ndarray, taps: np.ndarray) -> np.ndarray:
     """Separable filter over axes 1 and 2 of `(N, H, W, C)`; gives `(N, H - 10, W - 10, C)`."""
-    rows = maps.shape[1] - WINDOW + 1
-    columns = maps.shape[2] - WINDOW + 1
-    down = sum(tap * maps[:, i : i + rows] for i, tap in enumerate(taps))
-    return np.asarray(sum(tap * down[:, :, i : i + columns] for i, tap in enumerate(taps)))
+    down = sliding_window_view(maps, WINDOW, axis=1) @ taps
+    return sliding_window_view(down, WINDOW, axis=2) @ taps
