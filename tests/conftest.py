@@ -1,0 +1,28 @@
+"""Shared test set-up: deterministic threads, and warnings of other people's imports kept out of our own filter."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+with warnings.catch_warnings():
+    # diffusers, transformers and torchao warn while they are imported; that is not ours to mend.
+    warnings.simplefilter("ignore")
+    import diffusers  # noqa: F401
+    import torch
+    import transformers  # noqa: F401
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _same_threads():
+    torch.set_num_threads(1)
+    return
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
