@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from vivace.core.config import Config, knob
 from vivace.core.context import Clock, StateStore
@@ -129,9 +130,9 @@ class Claim:
             or other.mode is not Mode.EXCLUSIVE
         ):
             return frozenset()
-        if ALL_SITES <= self.sites:
+        if self.sites >= ALL_SITES:
             return other.sites
-        return self.sites if ALL_SITES <= other.sites else self.sites & other.sites
+        return self.sites if other.sites >= ALL_SITES else self.sites & other.sites
 
 
 def exclusive(resource: str, sites: frozenset[str] = ALL_SITES) -> Claim:
@@ -337,6 +338,14 @@ class Technique(Config):
     def registry_name(cls) -> str:
         """The name used in plans."""
         return cls.card.name
+
+    @classmethod
+    def examples(cls, workdir: Path, pipeline: Any) -> tuple[Self, ...]:
+        """Settings with which the method visibly acts on a small `pipeline`; the contract suite starts from the first.
+
+        A technique that needs a file (a checkpoint, an artefact) writes it into the empty folder `workdir`.
+        """
+        return (cls(),)
 
     def claims(self, model: ModelDescription) -> tuple[Claim, ...]:
         """Claims of this configuration; narrower than the card's when the knobs limit the sites."""
