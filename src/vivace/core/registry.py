@@ -35,7 +35,7 @@ class Registry(Generic[T]):
                 continue
             loaded = importlib.import_module(info.name)
             for _, cls in inspect.getmembers(loaded, inspect.isclass):
-                if issubclass(cls, base) and cls.__module__ == loaded.__name__ and _is_concrete(cls):
+                if cls is not base and issubclass(cls, base) and cls.__module__ == loaded.__name__ and _is_concrete(cls):
                     self._insert(found, cls)
         for point in importlib.metadata.entry_points(group=self._entry_points):
             self._insert(found, point.load())
