@@ -7,7 +7,6 @@ scaled up a little where the library's initialisation would make every block a n
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -327,8 +326,7 @@ def _clip() -> Any:
 def _llama_tokenizer(template: Mapping[str, Any]) -> Any:
     """A tokenizer under which the instruction before the prompt is as long as the pipeline assumes.
 
-    The pipeline cuts off a fixed number of tokens (`crop_start`); the instruction's text is therefore divided into
-    so many pieces that it comes out right, so that the prompt begins where the cut ends.
+    The pipeline cuts off a fixed number of tokens (`crop_start`), and the prompt must begin where the cut ends.
     """
     marks = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "\n\n", "<image>"]
     marks += ["system", "user", "assistant"]
@@ -338,9 +336,8 @@ def _llama_tokenizer(template: Mapping[str, Any]) -> Any:
         start -= 1  # the line break after the image is no token of its own
     around = byte_tokenizer(pieces=tuple(marks), start=marks[0])(head[:start] + head[stop:]).input_ids
     body, count = head[start:stop], template["crop_start"] - len(around)
-    cuts = [i * len(body) // count for i in range(count + 1)]
-    slices = [body[a:b] for a, b in itertools.pairwise(cuts)]
-    return byte_tokenizer(pieces=(*marks, *dict.fromkeys(slices)), start=marks[0])
+    # One long piece, then one token a byte.
+    return byte_tokenizer(pieces=(*marks, body[: len(body) + 1 - count]), start=marks[0])
 
 
 BUILDERS: dict[str, Callable[..., Any]] = {
