@@ -7,7 +7,8 @@ for one generation, and is dropped when the generation ends in whatever way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -101,6 +102,21 @@ class Clock:
     def last(self) -> bool:
         """Whether this is the last step."""
         return self.step >= self.num_steps - 1
+
+    def who(self, rows: int) -> list[tuple[str, int]]:
+        """(branch, sample) of each of the call's batch rows; a fused pair holds the unconditional half first."""
+        if self.branch != FUSED:
+            return [(self.branch, i) for i in range(rows)]
+        return [(branch, i) for branch in (UNCOND, COND) for i in range(rows // 2)]
+
+    @contextmanager
+    def narrowed(self, branch: str) -> Iterator[None]:
+        """What runs inside sees one branch of the fused pair only (its rows alone are evaluated)."""
+        before, self.branch = self.branch, branch
+        try:
+            yield
+        finally:
+            self.branch = before
 
     def begin(self, timesteps: tuple[float, ...], sigmas: tuple[float, ...]) -> None:
         """A generation starts."""

@@ -137,6 +137,7 @@ class Plan:
         usable = [t for t in items if not any(p.technique == t.card.name and p.kind == "need" for p in found)]
         for technique in usable:
             found += technique.check(model)
+            found += technique.check_beside(model, tuple(t for t in usable if t is not technique))
         for a, b in itertools.combinations(usable, 2):
             if a.card.name != b.card.name:
                 found += _conflicts(a, b, model)

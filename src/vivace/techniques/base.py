@@ -87,13 +87,17 @@ class Paradigm(StrEnum):
 
 
 class Stage(StrEnum):
-    """When a technique is applied; the order of the user's list never matters."""
+    """When a technique is applied; the order of the user's list never matters.
+
+    A solver's object is replaced before trajectory techniques wrap whatever solver is then in force.
+    """
 
     CHECKPOINT = "10 checkpoint"
     WEIGHTS = "20 weights"
     KERNELS = "30 kernels"
     COMPILE = "35 compile"
     CACHE = "40 cache"
+    SOLVER = "45 solver"
     TRAJECTORY = "50 trajectory"
     PLACEMENT = "60 placement"
 
@@ -353,6 +357,10 @@ class Technique(Config):
 
     def check(self, model: ModelDescription) -> list[Problem]:
         """Every problem of this configuration on a model (needs and packages are checked by the plan)."""
+        return []
+
+    def check_beside(self, model: ModelDescription, others: tuple[Technique, ...]) -> list[Problem]:
+        """Problems that depend on the other techniques of the plan, told by their claims and settings."""
         return []
 
     def apply(self, target: Target) -> None:
