@@ -9,12 +9,13 @@ tokens, H heads, D head dimension, C channels.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from vivace.core.context import COND
 from vivace.core.shapes import PixelRules, TokenGrid, Workload
 
 if TYPE_CHECKING:
@@ -64,14 +65,18 @@ class Block:
 
     @cached_property
     def _signature(self) -> inspect.Signature:
-        return inspect.signature(type(self.module).forward)
+        whole = inspect.signature(type(self.module).forward)
+        return whole.replace(parameters=list(whole.parameters.values())[1:])
+
+    @cached_property
+    def _variadic(self) -> bool:
+        kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        return any(p.kind in kinds for p in self._signature.parameters.values())
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BlockCall:
         """Name the arguments of a call."""
-        bound = self._signature.bind(self.module, *args, **kwargs)
-        values = dict(bound.arguments)
-        values.pop(next(iter(values)))
-        return BlockCall(self.layout, values)
+        values = dict(self._signature.bind(*args, **kwargs).arguments)
+        return BlockCall(self.layout, values, self._signature if self._variadic else None)
 
 
 @dataclass(slots=True)
@@ -80,6 +85,8 @@ class BlockCall:
 
     layout: BlockLayout
     values: dict[str, Any]
+    signature: inspect.Signature | None = None
+    """Only for a block that takes `*args` or `**kwargs`, which cannot be passed by name."""
 
     @property
     def hidden(self) -> torch.Tensor:
@@ -93,7 +100,10 @@ class BlockCall:
 
     def run(self, forward: Callable[..., Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Call `forward`; returns (hidden, text or None)."""
-        return self.split(forward(**self.values))
+        if self.signature is None:
+            return self.split(forward(**self.values))
+        bound = inspect.BoundArguments(self.signature, self.values)  # type: ignore[arg-type]
+        return self.split(forward(*bound.args, **bound.kwargs))
 
     def split(self, out: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """A block's return value as (hidden, text or None)."""
@@ -106,12 +116,15 @@ class BlockCall:
     def rows(self, index: torch.Tensor) -> BlockCall:
         """The same call for some batch rows only. `index` (R,) int64."""
         total = self.hidden.shape[0]
-        values = dict(self.values)
-        for name in self.layout.batched:
-            value = values.get(name)
-            if hasattr(value, "shape") and value.ndim and value.shape[0] == total:
-                values[name] = value.index_select(0, index)
-        return BlockCall(self.layout, values)
+
+        def take(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(take(v) for v in value)
+            batched = hasattr(value, "shape") and value.ndim and value.shape[0] == total
+            return value.index_select(0, index) if batched else value
+
+        chosen = {name: take(self.values[name]) for name in self.layout.batched if name in self.values}
+        return BlockCall(self.layout, self.values | chosen, self.signature)
 
 
 @dataclass(slots=True, eq=False)
@@ -138,7 +151,11 @@ class AttentionSite:
 
 @dataclass(slots=True, eq=False)
 class LinearSite:
-    """One linear layer of a block. `role` is one of `attention.q|k|v|out`, `cross.q|k|v|out`, `ffn.in|out`, `other`."""
+    """One linear layer of a block.
+
+    `role` is one of `attention.q|k|v|out`, `cross.q|k|v|out`, `ffn.in|out`, `text.q|k|v|out` (the text stream's own
+    projections in joint attention), `text.ffn.in|out` (its feed-forward), or `other`.
+    """
 
     site: str
     block: int
@@ -192,6 +209,8 @@ class ModelDescription:
     defaults: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
     components: Mapping[str, str] = field(default_factory=dict, hash=False, compare=False)
     boundary_ratio: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False, repr=False)
+    """The pipeline's own settings beside its components, e.g. `expand_timesteps`."""
 
     @property
     def depth(self) -> int:
@@ -206,21 +225,32 @@ class ModelDescription:
         return by_family(self.family) if self.family else None
 
     def workload(self, **changes: Any) -> Workload:
-        """The model's default workload with changes."""
-        d = self.defaults
+        """The model's default workload with changes; what it does not say is its family's usual."""
+        d = {**_USUAL, **(self.adapter.usual if self.adapter else {}), **self.defaults}
+        scale = self.adapter.guidance_argument if self.adapter else "guidance_scale"
         base = Workload(
-            frames=d.get("num_frames", 81),
-            height=d.get("height", 480),
-            width=d.get("width", 832),
-            steps=d.get("num_inference_steps", 50),
-            guidance=d.get("guidance_scale", 5.0) if self.guidance is not Guidance.NONE else 1.0,
-            text=d.get("max_sequence_length", 512),
+            frames=d["num_frames"],
+            height=d["height"],
+            width=d["width"],
+            steps=d["num_inference_steps"],
+            guidance=d[scale] if self.guidance is not Guidance.NONE else 1.0,
+            text=d["max_sequence_length"],
         )
         return base.with_(**{k: v for k, v in changes.items() if v is not None})
 
     def grid(self, workload: Workload) -> TokenGrid | None:
         """Token grid of a workload; None without an adapter."""
         return self.adapter.grid(self, workload) if self.adapter else None
+
+
+_USUAL = {
+    "num_frames": 81,
+    "height": 480,
+    "width": 832,
+    "num_inference_steps": 50,
+    "guidance_scale": 5.0,
+    "max_sequence_length": 512,
+}
 
 
 class Adapter:
@@ -237,6 +267,14 @@ class Adapter:
     """Attribute of an attention module inside a block -> kind."""
     depth_keys: ClassVar[Mapping[str, str]] = {"blocks": "num_layers"}
     """Block-list attribute -> configuration key of its length."""
+    joint_text: ClassVar[str] = ""
+    """Where text stands in the video's attention: `first`, `last`, or nowhere."""
+    multiple: ClassVar[int] = 16
+    """The pipelines want height and width to be multiples of this, whatever VAE and patch size are."""
+    guidance_argument: ClassVar[str] = "guidance_scale"
+    """The call argument above 1 of which the unconditional branch is evaluated."""
+    usual: ClassVar[Mapping[str, Any]] = {}
+    """Call arguments the family's models are usually run with."""
 
     def expert(self, name: str, module: nn.Module) -> Expert:
         """Find blocks, attention sites and linears of a live transformer."""
@@ -260,9 +298,9 @@ class Adapter:
         for path, module in block.named_modules():
             if isinstance(module, nn.Linear):
                 parent, _, leaf = path.rpartition(".")
-                yield LinearSite(
-                    f"{site}.{path}", index, self.roles.get(path, "other"), block.get_submodule(parent), leaf
-                )
+                # peft keeps the original linear of a LoRA under `base_layer`.
+                role = self.roles.get(path.removesuffix(".base_layer"), "other")
+                yield LinearSite(f"{site}.{path}", index, role, block.get_submodule(parent), leaf)
 
     def describe_expert(self, name: str, class_name: str, config: Mapping[str, Any]) -> ExpertDescription:
         """As `expert`, from the configuration alone."""
@@ -281,22 +319,51 @@ class Adapter:
         """(heads, head_dim)."""
         return config["num_attention_heads"], config["attention_head_dim"]
 
+    def compression(self, vae: Mapping[str, Any]) -> tuple[int, int]:
+        """(temporal, spatial) compression of a VAE, from its configuration."""
+        return vae.get("temporal_compression_ratio") or 4, vae.get("spatial_compression_ratio") or 8
+
+    def patch(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
+        """Size (frames, height, width) in latent positions of what becomes one token."""
+        size = config["patch_size"]
+        return config.get("patch_size_t") or 1, size, size
+
     def pixels(self, components: Mapping[str, Mapping[str, Any]]) -> PixelRules | None:
         """Which clips can be made, from the components' configurations (by component name)."""
-        raise TypeError(f"the {self.family} adapter does not say which clips it can make")
+        transformer = next(components[e] for e in EXPERTS if e in components)
+        temporal, spatial = self.compression(components.get("vae", {}))
+        return PixelRules(temporal, max(spatial * self.patch(transformer)[1], self.multiple))
+
+    def latent(self, model: ModelDescription, workload: Workload) -> tuple[int, int, int]:
+        """Latent (frames, height, width) that the transformer sees."""
+        temporal, spatial = self.compression(model.defaults.get("vae", {}))
+        return (workload.frames - 1) // temporal + 1, workload.height // spatial, workload.width // spatial
+
+    def text_tokens(self, model: ModelDescription, workload: Workload, branch: str = COND) -> int:
+        """Length of the text sequence in a transformer call of a guidance branch."""
+        return workload.text
 
     def grid(self, model: ModelDescription, workload: Workload) -> TokenGrid:
         """Token grid of a workload, from configurations."""
-        raise TypeError(f"the {self.family} adapter does not know its token grid")
+        text = self.text_tokens(model, workload) if self.joint_text else 0
+        return self._grid(model.experts[0].config, self.latent(model, workload), text)
 
     def grid_of_call(self, config: Mapping[str, Any], call: Mapping[str, Any]) -> TokenGrid:
-        """Token grid of a live call of the transformer, from its named arguments."""
-        raise TypeError(f"the {self.family} adapter does not know its token grid")
+        """Token grid of a live call of the transformer, from its named arguments; hidden_states (B, C, T, H, W)."""
+        text = call["encoder_hidden_states"].shape[1] if self.joint_text else 0
+        return self._grid(config, call["hidden_states"].shape[2:], text)
+
+    def _grid(self, config: Mapping[str, Any], latent: Sequence[int], text: int) -> TokenGrid:
+        t, h, w = (size // p for size, p in zip(latent, self.patch(config), strict=True))
+        return TokenGrid(t, h, w, text, self.joint_text == "first")
 
     def dummy_call(
-        self, model: ModelDescription, workload: Workload, device: Any, dtype: Any
+        self, model: ModelDescription, workload: Workload, device: Any, dtype: Any, branch: str = COND
     ) -> dict[str, Any]:
-        """Arguments of one transformer call of the workload's shape (used on the meta device and in tests)."""
+        """Arguments of one transformer call of the workload's shape, `workload.batch` rows of zeros.
+
+        Used on the meta device, where nothing is computed, and in speed runs.
+        """
         raise TypeError(f"the {self.family} adapter cannot make inputs")
 
     def processor(self, site: AttentionSite, kernel: Callable[..., Any]) -> Any:

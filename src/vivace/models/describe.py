@@ -33,10 +33,9 @@ def describe_pipeline(
     if adapter is not None:
         # A subclass of a known transformer is driven like its parent.
         classes |= {e: adapter.transformer_classes[0] for e in EXPERTS if e in classes}
-    ratio = getattr(getattr(pipeline, "config", None), "boundary_ratio", None)
-    return _describe(
-        name or type(pipeline).__name__, type(pipeline).__name__, configs, classes, defaults, ratio
-    )
+    settings = _settings(getattr(pipeline, "config", {}))
+    kind = type(pipeline).__name__
+    return _describe(name or kind, kind, configs, classes, defaults, settings)
 
 
 def describe_folder(
@@ -56,9 +55,17 @@ def describe_folder(
             continue
         file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
         configs[part], classes[part] = _json(file), entry[1]
-    return _describe(
-        name or folder.name, index["_class_name"], configs, classes, defaults, index.get("boundary_ratio")
-    )
+    kind = index["_class_name"]
+    return _describe(name or folder.name, kind, configs, classes, defaults, _settings(index))
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A pipeline's settings among the entries of its configuration: components are pairs, settings are plain."""
+    return {
+        key: value
+        for key, value in config.items()
+        if not key.startswith("_") and isinstance(value, (bool, int, float, str))
+    }
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -76,7 +83,7 @@ def _describe(
     configs: Mapping[str, Mapping[str, Any]],
     classes: Mapping[str, str],
     defaults: Mapping[str, Any] | None,
-    boundary_ratio: float | None,
+    settings: Mapping[str, Any],
 ) -> ModelDescription:
     experts: list[ExpertDescription] = []
     adapter = next((a for e in EXPERTS if e in classes and (a := by_class(classes[e]))), None)
@@ -111,5 +118,6 @@ def _describe(
         offers=frozenset(offers),
         defaults=facts,
         components=dict(classes),
-        boundary_ratio=boundary_ratio,
+        boundary_ratio=settings.get("boundary_ratio"),
+        settings=settings,
     )

@@ -6,16 +6,20 @@ every token its own timestep.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 
-from vivace.core.shapes import PixelRules, TokenGrid, Workload
+from vivace.core.context import COND
+from vivace.core.shapes import Workload
 from vivace.models.adapter import Adapter, AttentionSite, BlockLayout, Guidance, ModelDescription
 
 IMAGE_TEXT_LENGTH = 512
 """Text length that diffusers assumes behind the image tokens of image-to-video models."""
+IMAGE_TOKENS = 257
+"""Tokens of the CLIP image encoder of Wan 2.1 image-to-video: 16 x 16 patches and the class."""
 
 
 class WanAdapter(Adapter):
@@ -37,56 +41,37 @@ class WanAdapter(Adapter):
         "attn2.to_k": "cross.k",
         "attn2.to_v": "cross.v",
         "attn2.to_out.0": "cross.out",
+        "attn2.add_k_proj": "cross.k",
+        "attn2.add_v_proj": "cross.v",
         "ffn.net.0.proj": "ffn.in",
         "ffn.net.2": "ffn.out",
     }
 
-    def pixels(self, components: Mapping[str, Mapping[str, Any]]) -> PixelRules | None:
-        vae, transformer = (
-            components.get("vae", {}),
-            components.get("transformer") or components.get("transformer_2"),
-        )
-        patch = (transformer or {}).get("patch_size", (1, 2, 2))
-        spatial = vae.get("scale_factor_spatial", 8) * patch[1]
-        # WanPipeline.check_inputs asks for multiples of 16 whatever the VAE's factor is.
-        return PixelRules(vae.get("scale_factor_temporal", 4), max(spatial, 16))
+    def compression(self, vae: Mapping[str, Any]) -> tuple[int, int]:
+        return vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
 
-    def grid(self, model: ModelDescription, workload: Workload) -> TokenGrid:
-        t, h, w = self._latent(model, workload)
-        p = model.experts[0].config["patch_size"]
-        return TokenGrid(t // p[0], h // p[1], w // p[2])
-
-    def grid_of_call(self, config: Mapping[str, Any], call: Mapping[str, Any]) -> TokenGrid:
-        _, _, t, h, w = call["hidden_states"].shape
-        p = config["patch_size"]
-        return TokenGrid(t // p[0], h // p[1], w // p[2])
+    def patch(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
+        return tuple(config["patch_size"])  # type: ignore[return-value]
 
     def dummy_call(
-        self, model: ModelDescription, workload: Workload, device: Any, dtype: Any
+        self, model: ModelDescription, workload: Workload, device: Any, dtype: Any, branch: str = COND
     ) -> dict[str, Any]:
-        config = model.experts[0].config
-        rows, (t, h, w) = workload.batch, self._latent(model, workload)
+        config, rows = model.experts[0].config, workload.batch
+        new = functools.partial(torch.zeros, device=device, dtype=dtype)
+        times = (
+            (rows, self.grid(model, workload).video) if model.settings.get("expand_timesteps") else (rows,)
+        )
         call = {
-            "hidden_states": torch.zeros(rows, config["in_channels"], t, h, w, device=device, dtype=dtype),
-            "timestep": torch.full((rows,), 500.0, device=device),
-            "encoder_hidden_states": torch.zeros(
-                rows, workload.text, config["text_dim"], device=device, dtype=dtype
-            ),
+            "hidden_states": new(rows, config["in_channels"], *self.latent(model, workload)),
+            "timestep": torch.full(times, 500.0, device=device),
+            "encoder_hidden_states": new(rows, workload.text, config["text_dim"]),
         }
         if config.get("image_dim"):
-            call["encoder_hidden_states_image"] = torch.zeros(
-                rows, 257, config["image_dim"], device=device, dtype=dtype
-            )
+            call["encoder_hidden_states_image"] = new(rows, IMAGE_TOKENS, config["image_dim"])
         return call
 
     def processor(self, site: AttentionSite, kernel: Callable[..., Any]) -> Any:
         return WanKernelProcessor(kernel)
-
-    @staticmethod
-    def _latent(model: ModelDescription, workload: Workload) -> tuple[int, int, int]:
-        vae = model.defaults.get("vae", {})
-        ft, fs = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
-        return (workload.frames - 1) // ft + 1, workload.height // fs, workload.width // fs
 
 
 class WanKernelProcessor:
