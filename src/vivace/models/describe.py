@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,23 @@ from vivace.core.errors import ModelError
 from vivace.models.adapter import EXPERTS, ExpertDescription, Guidance, ModelDescription, Need
 from vivace.models.families import by_class, for_module
 
+_facts: weakref.WeakKeyDictionary[Any, tuple[str, Mapping[str, Any]]] = weakref.WeakKeyDictionary()
+"""Name and call defaults of pipelines we loaded: what a live pipeline cannot tell about itself."""
+
 _CONFIGURED = (*EXPERTS, "vae", "scheduler", "text_encoder")
+
+
+def remember(pipeline: Any, name: str = "", defaults: Mapping[str, Any] | None = None) -> None:
+    """Keep a pipeline's name and call defaults for `describe_pipeline`, without touching the pipeline."""
+    _facts[pipeline] = (name, dict(defaults or {}))
 
 
 def describe_pipeline(
     pipeline: Any, *, name: str = "", defaults: Mapping[str, Any] | None = None
 ) -> ModelDescription:
-    """Describe a live diffusers pipeline."""
+    """Describe a live diffusers pipeline as it now is; name and defaults left out are the remembered ones."""
+    known, usual = _facts.get(pipeline, ("", {}))
+    name, defaults = name or known, usual if defaults is None else defaults
     configs: dict[str, Mapping[str, Any]] = {}
     classes: dict[str, str] = {}
     for part in _CONFIGURED:
@@ -35,7 +46,7 @@ def describe_pipeline(
         classes |= {e: adapter.transformer_classes[0] for e in EXPERTS if e in classes}
     settings = _settings(getattr(pipeline, "config", {}))
     kind = type(pipeline).__name__
-    return _describe(name or kind, kind, configs, classes, defaults, settings)
+    return describe_configs(name or kind, kind, configs, classes, defaults, settings)
 
 
 def describe_folder(
@@ -56,7 +67,7 @@ def describe_folder(
         file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
         configs[part], classes[part] = _json(file), entry[1]
     kind = index["_class_name"]
-    return _describe(name or folder.name, kind, configs, classes, defaults, _settings(index))
+    return describe_configs(name or folder.name, kind, configs, classes, defaults, _settings(index))
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,14 +88,24 @@ def _json(file: Path) -> dict[str, Any]:
         raise ModelError(f"{file} cannot be read ({error}); download the model again.") from None
 
 
-def _describe(
+def describe_configs(
     name: str,
     pipeline_class: str,
     configs: Mapping[str, Mapping[str, Any]],
     classes: Mapping[str, str],
-    defaults: Mapping[str, Any] | None,
-    settings: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> ModelDescription:
+    """Describe a pipeline from the configurations and class names of its components.
+
+    Args:
+        name: shown to people.
+        pipeline_class: the diffusers pipeline.
+        configs, classes: by component: the transformers, `vae`, `scheduler`, `text_encoder`; what is missing is unknown.
+        defaults: call arguments used when the caller gives none.
+        settings: the pipeline's own settings, e.g. `boundary_ratio`.
+    """
+    settings = settings or {}
     experts: list[ExpertDescription] = []
     adapter = next((a for e in EXPERTS if e in classes and (a := by_class(classes[e]))), None)
     for part in EXPERTS:
