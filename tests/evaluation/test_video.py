@@ -170,11 +170,11 @@ def test_side_by_side_shows_three_enlarged_panels() -> None:
     exact, fast = clip(4, 128, 128), clip(4, 128, 128, seed=30)
     sheet = side_by_side(exact, fast, gain=8)
     strip = 28
-    assert sheet.shape == (4, 256 + strip, 3 * 256 + 8, 3)
+    assert sheet.shape == (4, 384 + strip, 3 * 384 + 8, 3)
     assert sheet[:, :strip].max() > 200  # the names are there
-    smaller = sheet[:, strip + 1 :: 2, 1:256:2]
+    smaller = sheet[:, strip + 1 :: 3, 1:384:3]
     assert np.abs(smaller.astype(int) - exact).mean() < 3
-    assert (sheet[:, strip:, 520:] == heat_map(exact, fast, gain=8).repeat(2, axis=1).repeat(2, axis=2)).all()
+    assert (sheet[:, strip:, 776:] == heat_map(exact, fast, gain=8).repeat(3, axis=1).repeat(3, axis=2)).all()
 
 
 def test_contact_sheet_places_every_frame() -> None:

@@ -89,7 +89,7 @@ def receipt(*, fast: bool) -> dict[str, Any]:
             {"op": "attention.dense", "choice": "sdpa", "why": "default of the pipeline", "calls": nfe * 8}
         ],
         "environment": {
-            "cpu": "AMD EPYC 9R14",
+            "cpu": "Example CPU",
             "cores": 2,
             "threads": 2,
             "device": "cpu",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 BT709 = 1
 """Code of ITU-R BT.709 for matrix, primaries and transfer in H.264 (ITU-T H.273)."""
-VIEW_HEIGHT = 320
+VIEW_HEIGHT = 384
 """Panels of `side_by_side` are enlarged by the whole factor that brings them nearest to this height."""
 KEY_FRAME_DISTANCE = 12
 """Short, so that scrubbing and single steps in a browser decode a few frames only."""
