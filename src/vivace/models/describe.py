@@ -101,7 +101,7 @@ def describe_configs(
     Args:
         name: shown to people.
         pipeline_class: the diffusers pipeline.
-        configs, classes: by component: the transformers, `vae`, `scheduler`, `text_encoder`; what is missing is unknown.
+        configs, classes: by component, as far as they are known: transformers, VAE, scheduler, text encoder.
         defaults: call arguments used when the caller gives none.
         settings: the pipeline's own settings, e.g. `boundary_ratio`.
     """
