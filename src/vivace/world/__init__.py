@@ -1,4 +1,4 @@
-"""A procedural, captioned 3-D world with exact ground truth: scenes from seeds, clips from scenes, captions and back."""
+"""A procedural, captioned 3-D world with exact ground truth: seeds to scenes, scenes to clips and captions."""
 
 from vivace.world.attributes import (
     CAMERAS,

@@ -37,9 +37,9 @@ def times(frames: int) -> np.ndarray:
 def subject_offset(motion: np.ndarray, travel: np.ndarray, phase: np.ndarray, t: np.ndarray) -> np.ndarray:
     """Displacement of the subject from its resting place, (..., T, 3).
 
-    `motion` indexes `MOTIONS`; `travel` is half the length of a straight path, the radius of a circle or the height of a
-    bounce (world units), or the number of turns of a spin; `phase` is the start of a circle (radians). All have shape
-    (...,), `t` has shape (T,).
+    `motion` indexes `MOTIONS`; `travel` is half the length of a straight path, the radius of a circle or the
+    height of a bounce (world units), or the number of turns of a spin; `phase` is the start of a circle (radians).
+    All have shape (...,), `t` has shape (T,).
     """
     motion, travel, phase = (np.asarray(value)[..., None] for value in (motion, travel, phase))
     is_ = {name: (motion == i) * travel for i, name in enumerate(MOTIONS)}

@@ -72,7 +72,27 @@ _MOTION = (
     ("recede", rf"reced\w*|retreat\w*|{_MOVE} away"),
     ("still", rf"{_STILL}|rest(?:s|ing)|at rest"),
 )
-_BREAKS = frozenset("a an the and or with beside next to near by of on while in , . ;".split())
+_BREAKS = frozenset(
+    (
+        "a",
+        "an",
+        "the",
+        "and",
+        "or",
+        "with",
+        "beside",
+        "to",
+        "near",
+        "by",
+        "of",
+        "on",
+        "while",
+        "in",
+        ",",
+        ".",
+        ";",
+    )
+)
 _TOKEN = re.compile(r"[a-z0-9_]+(?:'[a-z]+)?|[,.;]")
 
 
@@ -87,30 +107,42 @@ def _blank(text: str, match: re.Match[str]) -> str:
     return text[: match.start()] + "," + " " * (match.end() - match.start() - 1) + text[match.end() :]
 
 
-def _objects(text: str) -> list[tuple[int, ObjectSpec]]:
-    """Every object named, with the position of its noun; a second mention completes the first."""
+def _objects(text: str) -> tuple[list[ObjectSpec], list[tuple[int, int]]]:
+    """Every object named, and every mention as (position of the noun, which object).
+
+    A second mention completes the first. A place ("to the left of the cube") names an object, but is no mention of one
+    that may be doing something.
+    """
     tokens = [(match.group(), match.start()) for match in _TOKEN.finditer(text)]
-    found: list[tuple[int, ObjectSpec]] = []
+    found: list[ObjectSpec] = []
+    mentions: list[tuple[int, int]] = []
     for at, (word, start) in enumerate(tokens):
         shape = SHAPES.get(word) or (SHAPES.get(word[:-1]) if word.endswith("s") else None)
         if shape is None:
             continue
         said: dict[str, str] = {}
-        for before, _ in reversed(tokens[max(0, at - 6) : at]):
-            if before in _BREAKS or before in SHAPES:
-                break
+        first = at
+        while (
+            first > max(0, at - 6)
+            and (before := tokens[first - 1][0]) not in _BREAKS
+            and before not in SHAPES
+        ):
+            first -= 1
             for kind, table in (("colour", COLOURS), ("size", SIZES), ("material", MATERIALS)):
                 if before in table:
                     said.setdefault(kind, table[before])
-        spec = ObjectSpec(shape, said.get("colour"), said.get("size"), said.get("material"))
-        for i, (first, known) in enumerate(found):
+        spec = ObjectSpec(shape, **said)
+        for which, known in enumerate(found):
             if known.shape == shape and (spec.colour is None or spec.colour == known.colour):
-                merged = (known.colour, known.size or spec.size, known.material or spec.material)
-                found[i] = (first, ObjectSpec(shape, *merged))
+                known_better = (known.colour, known.size or spec.size, known.material or spec.material)
+                found[which] = ObjectSpec(shape, *known_better)
                 break
         else:
-            found.append((start, spec))
-    return found
+            which = len(found)
+            found.append(spec)
+        if "of" not in [token for token, _ in tokens[max(0, first - 2) : first]]:
+            mentions.append((start, which))
+    return found, mentions
 
 
 def parse_prompt(text: str) -> Attributes:
@@ -133,10 +165,8 @@ def parse_prompt(text: str) -> Attributes:
     floor = _first(_FLOOR, text)
     if motion is None and (found := _first(_MOTION, text)):
         motion, place = found[0], found[1].start()
-    objects = _objects(text)
-    before = [i for i, (start, _) in enumerate(objects) if start < place]
+    objects, mentions = _objects(text)
+    before = [which for start, which in mentions if start < place]
     if before and motion is not None:
         objects.insert(0, objects.pop(before[-1]))
-    return Attributes(
-        tuple(spec for _, spec in objects), motion, camera[0] if camera else None, floor[0] if floor else None
-    )
+    return Attributes(tuple(objects), motion, camera[0] if camera else None, floor[0] if floor else None)

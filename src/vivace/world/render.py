@@ -19,7 +19,7 @@ from torch import Tensor
 from vivace.core.errors import ConfigError, ShapeError
 from vivace.world import backdrop, shapes
 from vivace.world import motion as paths
-from vivace.world.attributes import CAMERAS, COLOURS, FLOORS, MAX_OBJECTS, MOTIONS, SHAPES
+from vivace.world.attributes import CAMERAS, MAX_OBJECTS, MOTIONS, SHAPES
 from vivace.world.scene import REST_HEIGHT, Scene
 
 PALETTE = {
@@ -34,7 +34,7 @@ PALETTE = {
 }
 # A stripe that is fixed to the object, so that turning is visible on every shape: its normal, half width and tone.
 STRIPE_NORMAL, STRIPE_HALF, STRIPE_TONE = (0.912, 0.24, 0.332), 0.17, 0.52
-AMBIENT, DIFFUSE = 0.56, 0.54
+AMBIENT, DIFFUSE = 0.52, 0.58
 # Shadow of a shape: half axes of its ellipsoid, and radius and half width of the ring it casts (a disc is a ring of 0).
 _SHADOW = {
     "sphere": ((1.0, 1.0, 1.0), 0.0, 1.0),
@@ -295,7 +295,7 @@ def _shade(
     rise = nx * row[0] + ny * row[1] + nz * row[2]  # how much the surface looks at the sky
     low = px * row[0] + py * row[1] + pz * row[2]  # height above the object's centre, in radii
     occlusion = 0.80 + 0.20 * backdrop.smooth_step(low + 1.0)
-    lit = (AMBIENT * (0.84 + 0.16 * rise) + DIFFUSE * facing.clamp_min(0.0)) * occlusion * tone
+    lit = (AMBIENT * (0.76 + 0.24 * rise) + DIFFUSE * facing.clamp_min(0.0)) * occlusion * tone
 
     length = (d[0] * d[0] + d[1] * d[1] + d[2] * d[2]).sqrt()
     incoming = (d[0] * nx + d[1] * ny + d[2] * nz) / length

@@ -255,8 +255,8 @@ SURROUNDINGS = {  # parameters that no constraint touches: sampled ranges
 def sample_scenes(seeds: Sequence[int], attributes: Sequence[Attributes | None] | None = None) -> list[Scene]:
     """A scene for every seed; each depends on its own seed (and attributes) alone.
 
-    `attributes[i]`, where given, is kept, and what it leaves unsaid is sampled. Raises `ConfigError` when attributes name
-    more than three objects or repeat a shape or a colour, or when the two lists differ in length.
+    `attributes[i]`, where given, is kept, and what it leaves unsaid is sampled. Raises `ConfigError` when attributes
+    name more than three objects or repeat a shape or a colour, or when the two lists differ in length.
     """
     seeds = [int(seed) for seed in seeds]
     wanted = [None] * len(seeds) if attributes is None else list(attributes)

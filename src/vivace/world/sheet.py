@@ -15,7 +15,7 @@ from vivace.core.errors import ShapeError
 
 
 def contact_sheet(video: Tensor, columns: int = 8, scale: int = 1, gap: int = 2) -> Tensor:
-    """Lay clips (B, T, H, W, 3) uint8 out as one picture: a row for each clip, `columns` frames spread over its time."""
+    """Lay clips (B, T, H, W, 3) uint8 out as one picture (H, W, 3): a row for each clip, `columns` of its frames."""
     if video.ndim != 5 or video.dtype != torch.uint8:
         raise ShapeError(
             f"a contact sheet needs uint8 clips (B, T, H, W, 3), not {video.dtype} {tuple(video.shape)}"
