@@ -38,6 +38,8 @@ class Evaluation:
     grid: Any = None
     """The `TokenGrid` of this call; None when the model has no adapter."""
     by: list[str] = field(default_factory=list)
+    variant: tuple[str, ...] = ()
+    """Set by a technique whose blocks cost more in some evaluations than in others of the same shape (dense steps)."""
 
     @property
     def entered(self) -> bool:

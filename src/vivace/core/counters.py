@@ -45,7 +45,8 @@ class Meter:
         self.active = False
         self.total = Cost()
         self._frames: list[Cost] = []
-        self._block_cost: dict[tuple[str, Hashable], Cost] = {}
+        self._block_cost: dict[tuple[str, Hashable, Hashable], Cost] = {}
+        self._block_dense: dict[tuple[str, Hashable], Cost] = {}
         self._outside: dict[tuple[str, Hashable], Cost] = {}
         self._evaluations: list[tuple[Evaluation, Cost]] = []
 
@@ -92,7 +93,7 @@ class Meter:
         evaluation = self.clock.evaluation
         if evaluation is None or not self._frames:
             return run()
-        key, frame = (site, evaluation.key), Cost()
+        key, frame = (site, evaluation.key, evaluation.variant), Cost()
         self._frames.append(frame)
         try:
             out = run()
@@ -100,6 +101,8 @@ class Meter:
             self._frames.pop()
         if key not in self._block_cost:
             self._block_cost[key] = frame.per(rows)
+            # Variants differ in what they execute, never in what the dense model would.
+            self._block_dense.setdefault(key[:2], self._block_cost[key])
         elif not frame.flops:
             # The body ran compiled, with no counter inside: charge what its eager first call was counted at.
             frame.add(self._block_cost[key], rows)
@@ -110,7 +113,8 @@ class Meter:
 
     def knows(self, site: str) -> bool:
         """Whether a block's cost for the current shape has been counted."""
-        return self.clock.evaluation is not None and (site, self.clock.evaluation.key) in self._block_cost
+        evaluation = self.clock.evaluation
+        return evaluation is not None and (site, evaluation.key, evaluation.variant) in self._block_cost
 
     def dense(self, blocks: dict[str, list[str]]) -> Cost:
         """Cost of all requested evaluations with nothing skipped. `blocks`: block sites by expert."""
@@ -122,7 +126,7 @@ class Meter:
             if outside is not None:
                 cost.add(outside, rows)
             for site in blocks.get(evaluation.expert, []):
-                known = self._block_cost.get((site, evaluation.key))
+                known = self._block_dense.get((site, evaluation.key))
                 if known is not None:
                     cost.add(known, rows)
             if not blocks.get(evaluation.expert):

@@ -88,6 +88,7 @@ class Session:
         self.store = StateStore(self.clock)
         self.meter = Meter(self.clock)
         self._effects: dict[str, dict[str, float]] = {}
+        self._standing: dict[str, dict[str, float]] = {}
         self._kernels: dict[tuple[str, str], KernelRecord] = {}
         self._total: float | None = None
         self._closed = False
@@ -134,6 +135,8 @@ class Session:
         with self.edit.by("engine"):
             self.engine.install_outer(self.edit)
         self._blocks = {e.name: [b.site for b in e.blocks] for e in target.experts}
+        # What was reported while opening (layers converted, bytes) holds for every generation.
+        self._standing = {name: dict(effects) for name, effects in self._effects.items()}
 
     def _target(self, adapter: Any, modules: dict[str, Any]) -> Target:
         from vivace.models.adapter import Expert
@@ -202,7 +205,7 @@ class Session:
             call.get(k) is not None for k in ("num_inference_steps", "timesteps")
         )
         call = self._arguments(call, seed)
-        self._effects.clear()
+        self._effects = {name: dict(effects) for name, effects in self._standing.items()}
         self._reset_peak()
         start = time.perf_counter()
         try:
