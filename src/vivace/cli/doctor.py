@@ -1,0 +1,58 @@
+"""`vivace doctor`: what this machine has, what can run on it, and what to do about the rest."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+NOT_READY = 1
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print plain data instead of tables.")] = False,
+) -> None:
+    """What this machine has and what can run on it.
+
+    Exit code 0 when the embedded model can run.
+    """
+    from vivace.cli.shared import health
+    from vivace.cli.shared.screen import screen
+
+    with screen(stderr=True).status("[quiet]looking around"):
+        checks = health.examine()
+    ready = not any(c.state == "bad" for c in checks)
+    if as_json:
+        import dataclasses
+        import json
+
+        data = {"ready": ready, "checks": [dataclasses.asdict(c) for c in checks]}
+        typer.echo(json.dumps(data, indent=2))
+    else:
+        _show(checks, ready)
+    if not ready:
+        raise typer.Exit(NOT_READY)
+
+
+def _show(checks: list, ready: bool) -> None:
+    from itertools import groupby
+
+    from rich.markup import escape
+    from rich.padding import Padding
+    from rich.table import Table
+
+    from vivace.cli.shared.screen import DOT, mark, screen
+
+    out = screen()
+    for section, group in groupby(checks, key=lambda c: c.section):
+        rows = Table.grid(padding=(0, 2))
+        rows.add_column(no_wrap=True)
+        rows.add_column(style="quiet", no_wrap=True, min_width=16)
+        rows.add_column()
+        for check in group:
+            advice = f" [quiet]{DOT} {escape(check.advice)}[/]" if check.advice else ""
+            rows.add_row(mark(check.state), escape(check.name), escape(check.detail) + advice)
+        out.print(f"\n[bold]{section}[/]")
+        out.print(Padding(rows, (0, 0, 0, 2)))
+    verdict = "the embedded model can run here" if ready else "the embedded model cannot run here yet"
+    out.print(f"\n{mark('good' if ready else 'bad')} {verdict}")

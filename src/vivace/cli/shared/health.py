@@ -1,0 +1,177 @@
+"""The checks behind `vivace doctor`, as plain data."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import pkgutil
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vivace.core.env import cpu_flags, cpu_name, fast_bf16_cpu, versions
+from vivace.report.units import size
+
+ROOM = 512 * 2**20
+"""Free space under which a comparison may not fit."""
+_TELLING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
+_EXTRAS = {
+    "lpips": ("LPIPS between clips", "pip install 'vivace[eval]'"),
+    "triton": ("GPU kernels", "pip install triton"),
+    "pytest": ("the tests", "pip install 'vivace[dev]'"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One finding. `state` is `good`, `fair` (works without it) or `bad` (the embedded model cannot run)."""
+
+    section: str
+    name: str
+    state: str
+    detail: str
+    advice: str = ""
+
+
+def examine() -> list[Check]:
+    """All checks, in the order in which they are shown."""
+    parts = (_software, _machine, _model, _kernels, _video, _extras, _space)
+    return [check for part in parts for check in part()]
+
+
+def _software() -> Iterator[Check]:
+    for name, version in versions().items():
+        yield Check(section="Software", name=name, state="good", detail=version)
+    for name in ("torch", "diffusers", "transformers"):
+        if name not in versions():
+            yield Check(
+                section="Software", name=name, state="bad", detail="missing", advice=f"pip install {name}"
+            )
+
+
+def _machine() -> Iterator[Check]:
+    from vivace.core.env import environment
+
+    facts = environment()
+    flags = [f for f in _TELLING_FLAGS if f in cpu_flags()]
+    cores, threads = facts["cores"], facts["threads"]
+    yield Check(section="Machine", name="processor", state="good", detail=f"{cpu_name()}, {cores} cores")
+    yield Check(
+        section="Machine",
+        name="instructions",
+        state="good" if flags else "fair",
+        detail=", ".join(flags) or "not listed by this system",
+    )
+    yield Check(
+        section="Machine",
+        name="bf16",
+        state="good" if fast_bf16_cpu() else "fair",
+        detail="native" if fast_bf16_cpu() else "emulated on this processor; fp32 is used",
+    )
+    yield Check(
+        section="Machine",
+        name="threads",
+        state="good" if threads == cores else "fair",
+        detail=f"{threads} of {cores}",
+        advice="" if threads == cores else f"--threads {cores} uses all cores",
+    )
+    yield from _gpus()
+
+
+def _gpus() -> Iterator[Check]:
+    import torch
+
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        detail = f"{gpu.name}, {size(gpu.total_memory)}, compute capability {gpu.major}.{gpu.minor}"
+        yield Check(section="Machine", name=f"GPU {index}", state="good", detail=detail)
+    if not torch.cuda.device_count():
+        why = "none visible" if torch.version.cuda else "none; this torch is built for CPU"
+        yield Check(section="Machine", name="GPU", state="fair", detail=why)
+
+
+def _model() -> Iterator[Check]:
+    from vivace.core.errors import VivaceError
+    from vivace.tiny.load import WEIGHTS, verify_weights
+
+    try:
+        verify_weights(WEIGHTS)
+        taken = sum(f.stat().st_size for f in WEIGHTS.rglob("*") if f.is_file())
+        yield Check(section="Embedded model", name="weights", state="good", detail=f"intact, {size(taken)}")
+    except VivaceError as error:
+        yield Check(section="Embedded model", name="weights", state="bad", detail=str(error))
+    from vivace.cli.shared import judge
+
+    reason = judge.missing()
+    yield Check(
+        section="Embedded model",
+        name="verifier",
+        state="fair" if reason else "good",
+        detail=reason or "intact",
+        advice="clips are not checked against their prompts" if reason else "",
+    )
+
+
+def _kernels() -> Iterator[Check]:
+    """Which implementation of each operation can run here, and why not the others."""
+    import torch
+
+    import vivace.kernels
+    from vivace.kernels.api import candidates
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for op in pkgutil.iter_modules(vivace.kernels.__path__):
+        if not op.ispkg:
+            continue
+        for candidate in candidates(op.name):
+            reason = candidate.refuse({"device": device, "dtype": torch.float32})
+            yield Check(
+                section="Kernels",
+                name=f"{op.name}: {candidate.name}",
+                state="fair" if reason else "good",
+                detail=reason or f"can run on {device}",
+            )
+
+
+def _video() -> Iterator[Check]:
+    try:
+        import av
+    except ImportError as error:
+        yield Check(section="Video", name="PyAV", state="bad", detail=str(error), advice="pip install av")
+        return
+    there = "libx264" in av.codecs_available
+    yield Check(
+        section="Video",
+        name="H.264",
+        state="good" if there else "bad",
+        detail=f"libx264 through PyAV {av.__version__}" if there else f"PyAV {av.__version__} has no libx264",
+        advice="" if there else "install the av wheel: pip install --force-reinstall av",
+    )
+
+
+def _extras() -> Iterator[Check]:
+    for name, (what, line) in _EXTRAS.items():
+        there = importlib.util.find_spec(name) is not None
+        yield Check(
+            section="Optional",
+            name=name,
+            state="good" if there else "fair",
+            detail=f"{importlib.metadata.version(name)}, for {what}"
+            if there
+            else f"not installed; for {what}",
+            advice="" if there else line,
+        )
+
+
+def _space() -> Iterator[Check]:
+    free = shutil.disk_usage(Path.cwd()).free
+    yield Check(
+        section="Disk",
+        name="free here",
+        state="good" if free > ROOM else "fair",
+        detail=size(free),
+        advice="" if free > ROOM else "a comparison may not fit",
+    )
+    yield Check(section="Disk", name="python", state="good", detail=sys.executable)
