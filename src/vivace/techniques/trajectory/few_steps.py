@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 from vivace.core.errors import ConfigError
 from vivace.core.shapes import Workload
@@ -55,6 +56,10 @@ class FewSteps(Technique):
     """Solver steps; none keeps the pipeline's number."""
     shift: float | None = knob(None, low=0.1, high=20.0)
     """Flow shift in the place of the scheduler's (static or by resolution); none keeps it."""
+
+    @classmethod
+    def examples(cls, workdir: Path, pipeline: Any) -> tuple[Self, ...]:
+        return (cls(steps=4), cls())
 
     def __post_init__(self) -> None:
         super().__post_init__()

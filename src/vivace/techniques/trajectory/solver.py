@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 from vivace.models.adapter import ModelDescription
+from vivace.models.describe import describe_pipeline
 from vivace.techniques.base import Card, Cite, Paradigm, Problem, Stage, Target, Technique, exclusive, knob
 
 NAME = "solver"
@@ -80,6 +82,13 @@ class Solver(Technique):
     solver: str = knob("dpm++2m", choices=("unipc", "dpm++2m", "dpm++3m", "euler", "sde-dpm++2m"))
     """Which solver."""
 
+    @classmethod
+    def examples(cls, workdir: Path, pipeline: Any) -> tuple[Self, ...]:
+        model = describe_pipeline(pipeline)
+        recipes = recipes_for(model)
+        others = [name for name, recipe in recipes.items() if not _already(recipe, model)]
+        return tuple(cls(solver=name) for name in others or recipes) or (cls(),)
+
     def check(self, model: ModelDescription) -> list[Problem]:
         recipes = recipes_for(model)
         if not recipes:
@@ -98,16 +107,7 @@ class Solver(Technique):
     def apply(self, target: Target) -> None:
         new = build(recipes_for(target.model)[self.solver], target.scheduler.config)
         target.edit.set(target.pipeline, "scheduler", new)
-        target.edit.wrap(new, lambda old: self._counted(target, new, old), "set_timesteps")
-
-    @staticmethod
-    def _counted(target: Target, scheduler: Any, old: Callable[..., Any]) -> Callable[..., Any]:
-        def set_timesteps(*args: Any, **kwargs: Any) -> Any:
-            out = old(*args, **kwargs)
-            target.report(NAME, "steps", len(scheduler.timesteps))
-            return out
-
-        return set_timesteps
+        target.report(NAME, "solvers_replaced", 1)
 
 
 def recipes_for(model: ModelDescription) -> Mapping[str, Recipe]:

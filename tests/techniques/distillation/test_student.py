@@ -1,0 +1,164 @@
+"""Student checkpoint against the same weights loaded straight into the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vivace.core.errors import PlanError, WeightsError
+from vivace.models.describe import describe_pipeline
+from vivace.plans.plan import Plan
+from vivace.plans.session import accelerate
+from vivace.techniques.distillation.artifact import Artifact, Sampler, architecture
+from vivace.techniques.distillation.student import StudentCheckpoint
+from vivace.techniques.trajectory.few_steps import FewSteps
+from vivace.techniques.trajectory.guidance_interval import GuidanceInterval
+from vivace.testing.models import CALL, pipeline
+
+
+def perturbed(module, seed=0):
+    """A student's state: the teacher's with noise on it."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = {k: torch.randn(v.shape, generator=generator) for k, v in module.state_dict().items()}
+    return {k: (v + 0.05 * noise[k].to(v)).contiguous() for k, v in module.state_dict().items()}
+
+
+def latents(pipe, *techniques):
+    with accelerate(pipe, Plan(techniques)) as fast:
+        return fast("a red ball", seed=3, output_type="latent", **CALL).raw.frames
+
+
+def problems(technique, pipe, *others):
+    found = Plan([technique, *others]).problems(describe_pipeline(pipe))
+    return [(p.kind, p.severity, p.message) for p in found if p.technique == "student_checkpoint"]
+
+
+@pytest.mark.parametrize("name", ["wan2.1", "ltx"])
+def test_equals_the_weights_loaded_by_hand_and_comes_back_bit_for_bit(name, tmp_path):
+    pipe = pipeline(name)
+    before = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
+    parameters = dict(pipe.transformer.named_parameters())
+    state = perturbed(pipe.transformer)
+    save_file(state, tmp_path / "student.safetensors")
+    teacher = latents(pipe)
+    student = latents(pipe, StudentCheckpoint(path=str(tmp_path / "student.safetensors")))
+    assert not torch.equal(teacher, student)
+    after = pipe.transformer.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert all(parameters[k] is v for k, v in pipe.transformer.named_parameters())
+    assert torch.equal(latents(pipe), teacher)
+    pipe.transformer.load_state_dict(state)
+    assert torch.equal(latents(pipe), student)
+
+
+def test_shards_and_both_experts(tmp_path):
+    pipe = pipeline("wan2.2")
+    for name in ("transformer", "transformer_2"):
+        (tmp_path / name).mkdir()
+        state = perturbed(getattr(pipe, name), seed=len(name))
+        keys = sorted(state)
+        for i, part in enumerate((keys[::2], keys[1::2])):
+            save_file({k: state[k] for k in part}, tmp_path / name / f"weights-{i}.safetensors")
+    student = latents(pipe, StudentCheckpoint(path=str(tmp_path)))
+    for name in ("transformer", "transformer_2"):
+        getattr(pipe, name).load_state_dict(perturbed(getattr(pipe, name), seed=len(name)))
+    assert torch.equal(latents(pipe), student)
+
+
+def test_weights_of_another_type_take_the_models(tmp_path):
+    pipe = pipeline("wan2.1")
+    state = {k: v.bfloat16() for k, v in perturbed(pipe.transformer).items()}
+    save_file(state, tmp_path / "student.safetensors")
+    student = latents(pipe, StudentCheckpoint(path=str(tmp_path)))
+    pipe.transformer.load_state_dict({k: v.float() for k, v in state.items()})
+    assert torch.equal(latents(pipe), student)
+
+
+def test_files_that_cannot_be_used_are_named_before_anything_changes(tmp_path):
+    pipe = pipeline("wan2.1")
+    [(kind, _, message)] = problems(StudentCheckpoint(), pipe)
+    assert (kind, "path=" in message) == ("file", True)
+    missing = tmp_path / "none.safetensors"
+    [(_, _, message)] = problems(StudentCheckpoint(path=str(missing)), pipe)
+    assert message.startswith(f"{missing} is missing")
+    [(_, _, message)] = problems(StudentCheckpoint(path=str(tmp_path)), pipe)
+    assert f"the folder {tmp_path} holds no .safetensors file" in message
+
+    good = tmp_path / "good.safetensors"
+    save_file(perturbed(pipe.transformer), good)
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(good.read_bytes()[:-100])
+    [(_, _, message)] = problems(StudentCheckpoint(path=str(broken)), pipe)
+    assert f"{broken} cannot be read as safetensors" in message
+    with pytest.raises(PlanError, match="cannot be read"):
+        accelerate(pipe, Plan([StudentCheckpoint(path=str(broken))]))
+
+    [(kind, _, message)] = problems(StudentCheckpoint(path=str(good)), pipeline("wan2.1", layers=2))
+    assert kind == "shapes"
+    assert f"{good} does not fit WanPipeline" in message
+    [(kind, _, message)] = problems(StudentCheckpoint(path=str(good), expert="transformer_2"), pipe)
+    assert (kind, "has none" in message) == ("expert", True)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.pop("proj_out.bias"), "proj_out.bias missing"),
+        (lambda s: s.update(extra=torch.zeros(1)), "extra unknown to the model"),
+        (lambda s: s.update({"proj_out.bias": torch.zeros(3)}), "proj_out.bias of another shape (3 for 64)"),
+    ],
+)
+def test_weights_that_do_not_fit_say_which(change, words, tmp_path):
+    pipe = pipeline("wan2.1")
+    state = perturbed(pipe.transformer)
+    change(state)
+    save_file(state, tmp_path / "student.safetensors")
+    [(kind, _, message)] = problems(StudentCheckpoint(path=str(tmp_path)), pipe)
+    assert kind == "shapes"
+    assert words in message
+
+
+def write_student(folder: Path, pipe, **facts) -> StudentCheckpoint:
+    save_file(perturbed(pipe.transformer), folder / "student.safetensors")
+    Artifact(**facts).write(folder)
+    return StudentCheckpoint(path=str(folder / "student.safetensors"))
+
+
+def test_artifact_round_trip_and_damage(tmp_path):
+    sampler = Sampler(steps=4, sigmas=(1.0, 0.9, 0.75, 0.5), shift=3.0, guidance=1.0)
+    artifact = Artifact("dmd2", "f00", sampler)
+    artifact.write(tmp_path)
+    assert Artifact.beside(tmp_path) == artifact
+    assert Artifact.beside(tmp_path / "weights.safetensors") == artifact
+    (tmp_path / "artifact.json").write_text(json.dumps({"sampler": {"speed": 3}}))
+    with pytest.raises(WeightsError, match=r"artifact\.json is not a valid artefact"):
+        Artifact.beside(tmp_path)
+    pipe = pipeline("wan2.1")
+    save_file(perturbed(pipe.transformer), tmp_path / "student.safetensors")
+    [(kind, _, message)] = problems(StudentCheckpoint(path=str(tmp_path)), pipe)
+    assert (kind, "artifact.json" in message) == ("file", True)
+
+
+def test_a_student_of_another_base_is_refused(tmp_path):
+    pipe = pipeline("wan2.1")
+    base = architecture(pipe.transformer.config)
+    assert problems(write_student(tmp_path, pipe, base=base), pipe) == []
+    [(kind, severity, _)] = problems(write_student(tmp_path, pipe, base="0" * 64), pipe)
+    assert (kind, severity) == ("base", "error")
+
+
+def test_the_sampler_it_was_trained_for_is_asked_for(tmp_path):
+    pipe = pipeline("wan2.1")
+    student = write_student(tmp_path, pipe, sampler=Sampler(steps=4, shift=5.0, guidance=1.0))
+    found = problems(student, pipe)
+    assert [k for k, _, _ in found] == ["steps", "shift", "guidance"]
+    assert all(severity == "warning" for _, severity, _ in found)
+    assert problems(student, pipe, FewSteps(steps=4, shift=5.0), GuidanceInterval(high=0.0))[0:] == []
+    even = tuple(5 * s / (1 + 4 * s) for s in (1.0, 0.75, 0.5, 0.25))
+    student = write_student(tmp_path, pipe, sampler=Sampler(sigmas=(*even, 0.0)))
+    assert problems(student, pipe, FewSteps(steps=4, shift=5.0)) == []
+    assert [k for k, _, _ in problems(student, pipe)] == ["sigmas"]
