@@ -27,6 +27,8 @@ class Candidate:
     refuse: Callable[[Mapping[str, Any]], str | None]
     """The reason why it cannot run in this context, or None."""
     load: Callable[[], Callable[..., Any]]
+    avoid: Callable[[Mapping[str, Any]], str | None] = lambda context: None
+    """The reason why it can run here but is taken only when asked for by name, or None."""
 
 
 _OPS: dict[str, list[Candidate]] = {}
@@ -56,11 +58,13 @@ def select(op: str, prefer: str = "auto", **context: Any) -> Choice:
     Raises:
         ConfigError: the preferred candidate cannot run here, or none can; the sentence gives the reasons.
     """
-    refused = {c.name: c.refuse(context) for c in candidates(op)}
+    refused = {
+        c.name: c.refuse(context) or (None if prefer == c.name else c.avoid(context)) for c in candidates(op)
+    }
     for candidate in candidates(op):
         if prefer in ("auto", candidate.name) and refused[candidate.name] is None:
-            passed_over = [f"{n}: {r}" for n, r in refused.items() if r]
-            why = "asked for by name" if prefer != "auto" else "first that can run here"
+            passed_over = [f"{n}: {r}" for n, r in refused.items() if r and prefer == "auto"]
+            why = "asked for by name" if prefer != "auto" else "first that fits here"
             return Choice(op, candidate.name, "; ".join([why, *passed_over]), candidate.load())
     if prefer != "auto" and prefer not in refused:
         raise ConfigError(f"{op} has no kernel called '{prefer}'; it has {', '.join(refused)}.")

@@ -1,0 +1,1 @@
+"""Attention restricted to a static map of blocks; see `spec`."""

@@ -1,0 +1,179 @@
+"""What every static block-sparse attention has in common: where it sits, when it is dense, and what it costs.
+
+The choice between dense and sparse is made around the transformer, before its blocks run, so that a compiled block
+sees a plain attribute and compiles at most twice (dense and sparse).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from vivace.core.errors import ConfigError
+from vivace.core.shapes import TokenGrid, Workload
+from vivace.kernels.api import candidates, select
+from vivace.models.adapter import AttentionSite, Expert, ExpertDescription, ModelDescription, RootCall
+from vivace.techniques.base import Claim, Estimate, Problem, Target, Technique, exclusive, knob
+
+if TYPE_CHECKING:
+    import torch
+
+    from vivace.kernels.block_sparse_attention.spec import BlockMap, Kernel
+
+OP = "block_sparse_attention"
+KINDS = ("self", "joint")
+NO_GAIN = 0.9
+"""Share of visited pairs above which gathering costs more than it saves."""
+
+
+class SwitchedAttention:
+    """The kernel at the sites of one expert: the model's own dense attention, or a block-sparse kernel when one is set.
+
+    `built` holds the kernels of the shapes and devices seen so far; None where the pattern is dense.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        self._dispatch, self._backend = dispatch_attention_fn, backend
+        self.sparse: Kernel | None = None
+        self.built: dict[tuple[TokenGrid, Any], Kernel | None] = {}
+
+    def __call__(self, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
+        if self.sparse is not None:
+            return self.sparse(q, k, v, mask)
+        return self._dispatch(q, k, v, attn_mask=mask, backend=self._backend)
+
+    def pairs(self, batch: int, heads: int, queries: int, keys: int) -> float:
+        """Query-key pairs visited as things stand."""
+        if self.sparse is not None:
+            return self.sparse.pairs(batch, heads, queries, keys)
+        return float(batch) * heads * queries * keys
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSparseAttention(Technique):
+    """Base of the static patterns: a subclass gives the map of a grid."""
+
+    abstract: ClassVar[bool] = True
+
+    block: int = knob(128, choices=(64, 128))
+    """Most tokens of a block; small clips get smaller blocks."""
+    dense_steps: int = knob(0, low=0, high=16)
+    """First steps that stay dense: they settle the layout of the clip."""
+    dense_layers: int = knob(0, low=0, high=4)
+    """Layers that stay dense, at the front and likewise at the back."""
+    backend: str = "auto"
+    """Kernel by name (`vivace.kernels.block_sparse_attention`), or `auto`."""
+
+    def block_map(self, grid: TokenGrid) -> BlockMap:
+        """The pattern of a grid, without weights or tensors."""
+        raise TypeError(f"{type(self).__name__} does not say which blocks it keeps")
+
+    @property
+    def warmup(self) -> int:
+        """The plan compares it with the number of steps."""
+        return self.dense_steps
+
+    # -- before anything is loaded ----------------------------------------------------------------------------
+
+    def claims(self, model: ModelDescription) -> tuple[Claim, ...]:
+        sites = frozenset(site for expert in model.experts for site in self._described(model, expert))
+        return (exclusive("attention.kernel", sites),)
+
+    def check(self, model: ModelDescription) -> list[Problem]:
+        found = []
+        if self.backend not in (names := ["auto", *(c.name for c in candidates(OP))]):
+            found.append(self.problem("setting", f"backend must be one of {', '.join(names)}."))
+        if not any(self._described(model, expert) for expert in model.experts):
+            found.append(
+                self.problem(
+                    "pointless",
+                    f"dense_layers={self.dense_layers} keeps all {model.depth} layers dense; lower it or leave it out.",
+                )
+            )
+        grid = model.grid(model.workload())
+        share = self.block_map(grid).density if grid is not None else 0.0
+        if share > NO_GAIN:
+            found.append(
+                self.problem(
+                    "no gain",
+                    f"the pattern visits {share:.0%} of the pairs of a {grid} clip: no gain at this shape.",
+                    severity="warning",
+                )
+            )
+        return found
+
+    def estimate(self, model: ModelDescription, workload: Workload, base: Estimate) -> Estimate:
+        grid = model.grid(workload)
+        if grid is None or self.backend == "reference":
+            return base
+        # Text is dense both ways, so what is saved does not depend on it (its length may differ between branches).
+        video = replace(grid, text=0)
+        expert = model.experts[0]
+        skipped = video.video**2 - self.block_map(video).pairs(1, 1)
+        evaluations = base.nfe[0] * workload.batch * max(0.0, 1.0 - self.dense_steps / workload.steps)
+        saved = skipped * expert.heads * len(self._described(model, expert)) * evaluations
+        pairs, flops = base.attention_pairs[0] - saved, base.flops[0] - 4.0 * saved * expert.head_dim
+        return Estimate.exact(base.nfe[0], base.blocks_run[0], pairs, flops)
+
+    def _described(self, model: ModelDescription, expert: ExpertDescription) -> list[str]:
+        """Addresses of the sparse sites of an expert."""
+        kinds = model.adapter.attention if model.adapter is not None else {}
+        paths = [path for path, kind in kinds.items() if kind in KINDS]
+        sites = {f"{block}.{path}": i for i, block in enumerate(expert.block_sites) for path in paths}
+        return [s for s in expert.attention_sites if s in sites and self._is_sparse(sites[s], expert.depth)]
+
+    def _is_sparse(self, index: int, depth: int) -> bool:
+        return self.dense_layers <= index < depth - self.dense_layers
+
+    # -- on a live pipeline -----------------------------------------------------------------------------------
+
+    def apply(self, target: Target) -> None:
+        for expert in target.experts:
+            if sites := list(self._sites(expert)):
+                switch = SwitchedAttention(getattr(sites[0].module.processor, "_attention_backend", None))
+                for site in sites:
+                    target.set_kernel(site, switch)
+                target.around_expert(expert, self._handler(target, expert, switch))
+                target.report(self.card.name, "sites", len(sites))
+
+    def _sites(self, expert: Expert) -> Iterator[AttentionSite]:
+        for site in expert.attentions:
+            if site.kind in KINDS and self._is_sparse(site.index, len(expert.blocks)):
+                yield site
+
+    def _handler(self, target: Target, expert: Expert, switch: SwitchedAttention) -> Callable[..., Any]:
+        def handler(call: RootCall, run: Callable[[RootCall], torch.Tensor]) -> torch.Tensor:
+            evaluation = target.clock.evaluation
+            if target.clock.step < self.dense_steps:
+                evaluation.variant += (f"{self.card.name}: dense",)
+                return run(call)
+            switch.sparse = self._kernel(target, expert, switch, call)
+            if switch.sparse is not None:
+                evaluation.mark(self.card.name)
+                target.report(self.card.name, "sparse_evaluations", 1)
+            try:
+                return run(call)
+            finally:
+                switch.sparse = None
+
+        return handler
+
+    def _kernel(
+        self, target: Target, expert: Expert, switch: SwitchedAttention, call: RootCall
+    ) -> Kernel | None:
+        # The grid of what reaches the network, which need not be what the pipeline asked for.
+        grid = target.adapter.grid_of_call(expert.module.config, call.values)
+        device = call.values["hidden_states"].device
+        if (grid, device) not in switch.built:
+            block_map = self.block_map(grid)
+            kernel = None
+            if not block_map.keep.all():
+                head_dim = expert.attentions[0].head_dim
+                choice = select(OP, self.backend, device=device.type, head_dim=head_dim)
+                target.chosen(choice)
+                kernel = choice.run(block_map, device)
+            switch.built[grid, device] = kernel
+        return switch.built[grid, device]
