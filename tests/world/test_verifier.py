@@ -13,7 +13,7 @@ from vivace.world import Attributes, ObjectSpec, contact_sheet, render, sample_s
 from vivace.world.degrade import degrade
 from vivace.world.splits import TEST, TRAIN, VALIDATION, train_seeds
 from vivace.world.train_verifier import VerifierTraining, measure, train
-from vivace.world.verifier import ATTRIBUTES, Prediction, Verifier, loss, resample, targets
+from vivace.world.verifier import ATTRIBUTES, Prediction, Verifier, loss, resample, targets, to_places
 
 SEEN = Prediction({"sphere": ("red", "small"), "cube": ("blue", "large")}, "spin", 2, "sand", "orbit")
 
@@ -66,17 +66,22 @@ def test_weights_round_trip_and_damage_is_named(tmp_path):
 
 def test_targets_name_the_right_classes():
     truth = Attributes((ObjectSpec("cube", "blue", "large", "matte"),), "spin", "orbit", "sand")
-    wanted = targets([truth])
+    wanted = targets([truth], torch.tensor([[[[0, 1]]]]))
+    assert wanted["places"].tolist() == [[[[0, 1 + 8 + 2]]]]
     assert wanted["colour"].tolist() == [[8, 2, 8, 8, 8]]
     assert wanted["size"].tolist() == [[-100, 1, -100, -100, -100]]
     assert [wanted[name].item() for name in ("motion", "count", "floor", "camera")] == [3, 0, 3, 5]
 
 
 def test_damage_is_seeded_bounded_and_mild():
-    x = resample(render(sample_scenes(range(8)), frames=12, height=48, width=48).video, 12, 48)
-    damaged = degrade(x, seed=3)
-    assert torch.equal(damaged, degrade(x, seed=3))
-    assert not torch.equal(damaged, degrade(x, seed=4))
+    clip = render(sample_scenes(range(8)), frames=12, height=48, width=48)
+    x = resample(clip.video, 12, 48)
+    damaged, index = degrade(x, clip.index, seed=3)
+    assert torch.equal(damaged, degrade(x, clip.index, seed=3)[0])
+    assert not torch.equal(damaged, degrade(x, clip.index, seed=4)[0])
+    assert index.dtype == torch.uint8
+    assert (index != clip.index).float().mean() < 0.1
+    assert abs((index > 0).sum() / clip.mask.sum() - 1) < 0.2
     assert damaged.shape == x.shape
     assert damaged.abs().max() <= 1
     assert 0 < (damaged - x).abs().mean() < 0.25
@@ -85,9 +90,10 @@ def test_damage_is_seeded_bounded_and_mild():
 def test_training_lowers_the_loss():
     torch.manual_seed(0)
     scenes = sample_scenes(range(8))
-    x = resample(render(scenes, frames=12, height=48, width=48, with_mask=False).video, 12, 48)
-    wanted = targets([scene.attributes for scene in scenes])
-    model = Verifier(12, 48)
+    clip = render(scenes, frames=12, height=48, width=48)
+    x, model = resample(clip.video, 12, 48), Verifier(12, 48)
+    places = to_places(clip.index, model(x)["places"])
+    wanted = targets([scene.attributes for scene in scenes], places)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     values = []
     for _ in range(14):
@@ -97,7 +103,9 @@ def test_training_lowers_the_loss():
         optimizer.step()
         values.append((float(total.detach()), parts))
     assert values[-1][0] < 0.75 * values[0][0]
-    assert all(values[-1][1][head] < values[0][1][head] for head in ("colour", "motion", "floor", "camera"))
+    assert all(
+        values[-1][1][head] < values[0][1][head] for head in ("colour", "motion", "floor", "camera", "places")
+    )
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):

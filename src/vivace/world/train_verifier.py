@@ -26,7 +26,16 @@ from vivace.world.degrade import degrade
 from vivace.world.render import render
 from vivace.world.scene import Scene, sample_scenes
 from vivace.world.splits import TEST, VALIDATION, train_seeds
-from vivace.world.verifier import ATTRIBUTES, GRID_FRAMES, GRID_SIDE, Verifier, loss, resample, targets
+from vivace.world.verifier import (
+    ATTRIBUTES,
+    GRID_FRAMES,
+    GRID_SIDE,
+    Verifier,
+    loss,
+    resample,
+    targets,
+    to_places,
+)
 
 
 @dataclass(frozen=True)
@@ -144,7 +153,7 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.elapsed, self.curve = state["step"], state["elapsed"], state["curve"]
 
-    def update(self, x: Tensor, wanted: dict[str, Tensor], progress: float) -> dict[str, float]:
+    def update(self, scenes: Sequence[Scene], x: Tensor, index: Tensor, progress: float) -> dict[str, float]:
         """One step of AdamW at the learning rate that belongs to `progress` (0 to 1) of the run."""
         config = self.config
         warm = min(1.0, (self.step + 1) / max(config.warmup, 1))
@@ -153,9 +162,11 @@ class _Run:
             group["lr"] = rate
         self.model.train()
         half = torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        x, index = degrade(x, index, seed=config.seed * 1_000_003 + self.step)
         with half:
-            logits = self.model(degrade(x, seed=config.seed * 1_000_003 + self.step))
-        total, parts = loss(logits, wanted)
+            logits = self.model(x)
+        truth = [scene.attributes for scene in scenes]
+        total, parts = loss(logits, targets(truth, to_places(index, logits["places"])))
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -165,7 +176,8 @@ class _Run:
             for slow, fast in zip(self.average.parameters(), self.model.parameters(), strict=True):
                 slow.lerp_(fast, 1.0 - decay)
         self.step += 1
-        return {"step": float(self.step), "loss": float(total.detach()), "rate": rate, **parts}
+        values = torch.stack([total.detach(), *parts.values()]).tolist()
+        return {"step": float(self.step), "rate": rate, **dict(zip(("loss", *parts), values, strict=True))}
 
 
 def train(
@@ -192,24 +204,16 @@ def train(
         run.restore(checkpoint)
     began, before, saved, first = time.monotonic(), run.elapsed, time.monotonic(), run.step
     batches = _scene_batches(config, run.step // config.reuse)
-    x, wanted = torch.empty(0), {}
     fresh = True
     try:
         while (progress := run.step / config.steps if config.steps else run.elapsed / (60.0 * minutes)) < 1.0:
             if fresh or run.step % config.reuse == 0:
                 scenes = next(batches)
-                clip = render(
-                    scenes,
-                    frames=config.frames,
-                    height=config.side,
-                    width=config.side,
-                    device=device,
-                    with_mask=False,
-                )
-                x = resample(clip.video, config.frames, config.side)
-                wanted = {k: v.to(device) for k, v in targets([scene.attributes for scene in scenes]).items()}
+                side = config.side
+                clip = render(scenes, frames=config.frames, height=side, width=side, device=device)
+                x, index = resample(clip.video, config.frames, side), clip.index
                 fresh = False
-            point = run.update(x, wanted, progress)
+            point = run.update(scenes, x, index, progress)
             run.elapsed = before + time.monotonic() - began
             if run.step % 20 == 0 or run.step == 1:
                 run.curve.append({**point, "seconds": round(run.elapsed, 2)})

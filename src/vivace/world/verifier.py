@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,9 @@ GRID_FRAMES, GRID_SIDE = 16, 96
 MIN_FRAMES = 9
 FEATURES = 192
 ATTRIBUTES = ("object", "colour", "size", "motion", "count", "floor", "camera")
+_PAIRS = len(SHAPES) * len(COLOURS)
+_EVIDENCE = _PAIRS + len(SHAPES) * len(SIZES)
+_WEIGHTS = {"colour": 3.0}  # of the heads in the loss, where not 1
 _AT_ONCE = 32  # clips per forward pass of `verify` and `features`
 
 
@@ -122,19 +124,15 @@ class Verifier(nn.Module):
     def __init__(self, frames: int = GRID_FRAMES, side: int = GRID_SIDE) -> None:
         super().__init__()
         self.frames, self.side = frames, side
-        self.body = nn.Sequential(
-            _Down(3, 32, kernel=5),
-            _Down(32, 48),
-            _Down(48, 96),
-            _Block(96),
-            _Block(96),
-            _Down(96, 128, frames=True),
-            _Block(128),
-            _Block(128),
-            nn.GroupNorm(8, 128),
-            nn.SiLU(),
+        self.stem = nn.Sequential(
+            _Down(3, 32, kernel=5), _Down(32, 48), _Down(48, 96), _Block(96), _Block(96)
         )
-        self.neck = nn.Linear(256, FEATURES)
+        # What each place shows: evidence for every (shape, colour) and (shape, size); the renderer's masks teach it.
+        self.places = nn.Sequential(nn.GroupNorm(8, 96), nn.SiLU(), nn.Conv3d(96, _EVIDENCE, 1))
+        self.body = nn.Sequential(
+            _Down(96 + _PAIRS, 128, frames=True), _Block(128), _Block(128), nn.GroupNorm(8, 128), nn.SiLU()
+        )
+        self.neck = nn.Linear(256 + _EVIDENCE, FEATURES)
         heads = {
             "colour": len(SHAPES) * (len(COLOURS) + 1),
             "size": len(SHAPES) * len(SIZES),
@@ -145,19 +143,32 @@ class Verifier(nn.Module):
         }
         self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, width) for name, width in heads.items()})
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Features (B, 192) of clips on the grid (B, 3, T, H, W) in [-1, 1]."""
-        x = self.body(x)
-        pooled = torch.cat([x.mean((2, 3, 4)), x.amax((2, 3, 4))], dim=1)
-        return F.silu(self.neck(pooled))
+    def _embed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Places (B, 1 + 40, T, h, w), evidence (B, 50) and features (B, 192) of clips on the grid (B, 3, T, H, W)."""
+        x = self.stem(x)
+        local = self.places(x).float()
+        # The strongest place of each frame (softly), mean over time: an object is somewhere in every frame.
+        evidence = local.flatten(3).logsumexp(-1).mean(-1)
+        places = F.pad(local[:, :_PAIRS], (0, 0, 0, 0, 0, 0, 1, 0))  # class 0, nothing there, has the logit 0
+        seen = places.softmax(1)[:, 1:].to(x.dtype)
+        x = self.body(torch.cat([x, seen], dim=1))
+        pooled = torch.cat([x.mean((2, 3, 4)), x.amax((2, 3, 4)), evidence.to(x.dtype)], dim=1)
+        return places, evidence, F.silu(self.neck(pooled))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Logits of clips on the grid: colour (B, 5, 9), size (B, 5, 2), motion, count, floor, camera (B, classes)."""
-        features = self.embed(x)
+        """Logits of clips on the grid (B, 3, T, H, W) in [-1, 1], the classes last.
+
+        colour (B, 5, 9), size (B, 5, 2), motion, count, floor and camera (B, classes), and places (B, T, h, w, 41).
+        """
+        places, evidence, features = self._embed(x)
         logits = {name: head(features).float() for name, head in self.heads.items()}
-        logits["colour"] = logits["colour"].unflatten(1, (len(SHAPES), len(COLOURS) + 1))
-        logits["size"] = logits["size"].unflatten(1, (len(SHAPES), len(SIZES)))
-        return logits
+        colour, size = evidence.split([_PAIRS, _EVIDENCE - _PAIRS], dim=1)
+        present = F.pad(
+            colour.unflatten(1, (len(SHAPES), len(COLOURS))), (0, 1)
+        )  # no evidence speaks for absence
+        logits["colour"] = logits["colour"].unflatten(1, (len(SHAPES), len(COLOURS) + 1)) + present
+        logits["size"] = (logits["size"] + size).unflatten(1, (len(SHAPES), len(SIZES)))
+        return logits | {"places": places.movedim(1, -1)}
 
     @property
     def device(self) -> torch.device:
@@ -167,7 +178,7 @@ class Verifier(nn.Module):
     def features(self, video: Tensor) -> Tensor:
         """Features (B, 192), float32 on the verifier's device, for a Frechet distance between sets of clips."""
         parts = [
-            self.embed(resample(part.to(self.device), self.frames, self.side)).float()
+            self._embed(resample(part.to(self.device), self.frames, self.side))[2].float()
             for part in video.split(_AT_ONCE)
         ]
         return torch.cat(parts) if parts else torch.zeros(0, FEATURES, device=self.device)
@@ -178,7 +189,7 @@ class Verifier(nn.Module):
         seen: list[Prediction] = []
         for part in video.split(_AT_ONCE):
             logits = self(resample(part.to(self.device), self.frames, self.side))
-            choice = {name: value.argmax(-1).tolist() for name, value in logits.items()}
+            choice = {name: value.argmax(-1).tolist() for name, value in logits.items() if name != "places"}
             for b in range(len(part)):
                 objects = {
                     shape: (COLOURS[colour], SIZES[size])
@@ -209,7 +220,7 @@ class Verifier(nn.Module):
             name: value.detach().to("cpu", torch.bfloat16).contiguous()
             for name, value in self.state_dict().items()
         }
-        save_file(state, partial, metadata={"frames": str(self.frames), "side": str(self.side)})
+        save_file(state, partial, metadata={"grid": f"{self.frames}x{self.side}"})
         os.replace(partial, target)
         return target
 
@@ -225,26 +236,31 @@ class Verifier(nn.Module):
             )
         try:
             with safe_open(target, framework="pt") as file:
-                grid = file.metadata()
-                model = cls(int(grid["frames"]), int(grid["side"]))
+                frames, side = file.metadata()["grid"].split("x")
+                model = cls(int(frames), int(side))
                 model.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
-        except (SafetensorError, RuntimeError, OSError, KeyError, TypeError) as error:
+        except (SafetensorError, RuntimeError, OSError, KeyError, TypeError, ValueError) as error:
             raise WeightsError(
                 f"the verifier's weights {target} are damaged: fetch or train them again"
             ) from error
         return model.eval().requires_grad_(False).to(device)
 
 
-def targets(attributes: list[Attributes]) -> dict[str, Tensor]:
-    """Class indices of complete attributes, one tensor for each head; the size of an absent shape is -100 (ignored)."""
+def targets(attributes: list[Attributes], index: Tensor) -> dict[str, Tensor]:
+    """Class indices of complete attributes for each head, on the device of `index`.
+
+    The size of an absent shape is -100 (ignored). `index` (B, T, h, w) says which object each place shows (0: none, as
+    in `Clip.index`); it becomes the class 1 + (shape, colour) of that object.
+    """
     colour = torch.full((len(attributes), len(SHAPES)), len(COLOURS))
     size = torch.full((len(attributes), len(SHAPES)), -100)
+    pair = torch.zeros(len(attributes), MAX_OBJECTS + 1, dtype=torch.long)
     for b, truth in enumerate(attributes):
-        for spec in truth.objects:
-            at = SHAPES.index(str(spec.shape))
-            colour[b, at] = COLOURS.index(str(spec.colour))
-            size[b, at] = SIZES.index(str(spec.size))
-    return {
+        for i, spec in enumerate(truth.objects):
+            at, hue = SHAPES.index(str(spec.shape)), COLOURS.index(str(spec.colour))
+            colour[b, at], size[b, at] = hue, SIZES.index(str(spec.size))
+            pair[b, i + 1] = 1 + at * len(COLOURS) + hue
+    classes = {
         "colour": colour,
         "size": size,
         "motion": torch.tensor([MOTIONS.index(str(truth.motion)) for truth in attributes]),
@@ -252,15 +268,31 @@ def targets(attributes: list[Attributes]) -> dict[str, Tensor]:
         "floor": torch.tensor([FLOORS.index(str(truth.floor)) for truth in attributes]),
         "camera": torch.tensor([CAMERAS.index(str(truth.camera)) for truth in attributes]),
     }
+    classes = {name: value.to(index.device) for name, value in classes.items()}
+    clips = torch.arange(len(attributes), device=index.device)[:, None, None, None]
+    return classes | {"places": pair.to(index.device)[clips, index.long()]}
 
 
-def loss(logits: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-    """Sum of the heads' cross-entropies in nats, and each head's own value."""
-    parts = {
-        name: F.cross_entropy(value.flatten(0, -2), wanted[name].flatten(), ignore_index=-100)
-        for name, value in logits.items()
-    }
-    total = torch.stack(list(parts.values())).sum() + 2.0 * parts["colour"]  # five shapes share one mean
-    values = torch.stack([part.detach() for part in parts.values()]).tolist()
-    assert all(math.isfinite(value) for value in values)
-    return total, dict(zip(parts, values, strict=True))
+def to_places(index: Tensor, like: Tensor) -> Tensor:
+    """Bring an index of pixels (B, T, H, W) to the grid of the logits `like` (B, T, h, w, classes)."""
+    frames = torch.linspace(0, index.shape[1] - 1, like.shape[1]).round().long().to(index.device)
+    return F.adaptive_max_pool2d(index[:, frames].float(), like.shape[2:4])
+
+
+def loss(logits: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weighted sum of the heads' cross-entropies in nats, and each head's own (detached).
+
+    Places with and without an object count alike, however few the former are; the mean over five shapes, most of them
+    absent, gets more weight.
+    """
+    parts = {}
+    for name, value in logits.items():
+        each = F.cross_entropy(
+            value.flatten(0, -2), wanted[name].flatten(), reduction="none", ignore_index=-100
+        )
+        counted = wanted[name].flatten() > 0 if name == "places" else wanted[name].flatten() >= 0
+        parts[name] = (each * counted).sum() / counted.sum().clamp_min(1)
+        if name == "places":
+            parts[name] = 0.5 * (parts[name] + (each * ~counted).sum() / (~counted).sum().clamp_min(1))
+    total = torch.stack([_WEIGHTS.get(name, 1.0) * part for name, part in parts.items()]).sum()
+    return total, {name: part.detach() for name, part in parts.items()}
