@@ -13,7 +13,7 @@ from vivace.models.adapter import Adapter
 
 @functools.cache
 def adapters() -> dict[str, Adapter]:
-    """All adapters by family, found by walking this package."""
+    """The package's adapters by family, found by walking it."""
     package = importlib.import_module("vivace.models")
     found: dict[str, Adapter] = {}
     for info in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
@@ -24,14 +24,32 @@ def adapters() -> dict[str, Adapter]:
     return dict(sorted(found.items()))
 
 
+_added: list[Adapter] = []
+
+
+def register(adapter: Adapter) -> Adapter:
+    """Add an adapter made outside the package; it comes before every other one for its transformer classes."""
+    _added.insert(0, adapter)
+    return adapter
+
+
+def unregister(adapter: Adapter) -> None:
+    """Forget an adapter added with `register`."""
+    _added.remove(adapter)
+
+
+def _all() -> list[Adapter]:
+    return [*_added, *adapters().values()]
+
+
 def by_family(family: str) -> Adapter | None:
     """The adapter of a family, or None."""
-    return adapters().get(family)
+    return next((a for a in _all() if a.family == family), None)
 
 
 def by_class(class_name: str) -> Adapter | None:
     """The adapter of a transformer class, by the class's name."""
-    return next((a for a in adapters().values() if class_name in a.transformer_classes), None)
+    return next((a for a in _all() if class_name in a.transformer_classes), None)
 
 
 def for_module(module: Any) -> Adapter | None:

@@ -179,6 +179,12 @@ def check_sites_are_found(case: AdapterCase) -> None:
         )
         attentions = tuple(a.site for a in expert.attentions)
         expect(attentions == described.attention_sites, "the description lists other attention sites")
+        for name, child in expert.module.named_children():
+            if isinstance(child, torch.nn.ModuleList) and name not in case.adapter.layouts:
+                linears = any(isinstance(m, torch.nn.Linear) for m in child.modules())
+                expect(
+                    not linears, f"{expert.name}.{name} is a list of blocks that the adapter does not know"
+                )
         ran = [s for s in case.recordings[expert.name].order if s in set(blocks)]
         expect(ran == blocks, f"{expert.name} runs its blocks in another order than listed: {ran[:3]} ...")
         for piece in (*expert.blocks, *expert.attentions, *expert.linears):
@@ -276,6 +282,7 @@ def check_block_calls_bind(case: AdapterCase) -> None:
             again = block.bind((), call.values) if call.signature is None else block.bind(args, kwargs)
             for form in (call, again):
                 hidden, text = form.run(block.module)
+                expect(hasattr(hidden, "shape"), f"{block.site} returns two streams, its layout has one")
                 got = _tensors(form.join(hidden, text))
                 same = all(torch.equal(a, b) for a, b in zip(got, _tensors(expected), strict=True))
                 expect(same, f"{block.site}: a bound call gives another result")
