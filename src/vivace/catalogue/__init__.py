@@ -138,22 +138,19 @@ def _settings(technique: type[Technique]) -> tuple[Setting, ...]:
     return tuple(out)
 
 
-def _field_docs(technique: type[Technique]) -> dict[str, str]:
-    """The strings under the fields of a class, which Python does not keep: read from the source, if there is one."""
-    try:
-        (body,) = ast.parse(textwrap.dedent(inspect.getsource(technique))).body
-    except (OSError, TypeError):
-        return {}
-    lines = getattr(body, "body", [])
-    return {
-        field.target.id: " ".join(text.value.value.split())
-        for field, text in pairwise(lines)
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(field.target, ast.Name)
-        and isinstance(text, ast.Expr)
-        and isinstance(text.value, ast.Constant)
-        and isinstance(text.value.value, str)
-    }
+def _field_docs(technique: type) -> dict[str, str]:
+    """The strings under the fields of a class and its bases, which Python does not keep: read from the source."""
+    found: dict[str, str] = {}
+    for cls in reversed(technique.__mro__):
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+        except (OSError, TypeError, SyntaxError):
+            continue
+        for field, text in pairwise(getattr(tree.body[0], "body", [])):
+            match field, text:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
+                    found[name] = " ".join(doc.split())
+    return found
 
 
 def _first_paragraphs(doc: str) -> str:

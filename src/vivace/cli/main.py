@@ -6,6 +6,7 @@ An error somebody can mend is one sentence on stderr and exit code 2. A tracebac
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import signal
@@ -66,11 +67,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 done, 1 the machine is not ready (`doctor`), 2 bad input, 130 interrupted, 143 terminated.
     """
+    _any_terminal()
     _quiet_libraries()
     _terminate_tidily()
     try:
-        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        code = app(None if arguments is None else list(arguments), prog_name="vivace", standalone_mode=False)
         sys.stdout.flush()
+        # Typer turns an interrupt into this exit code by itself, without a word.
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except VivaceError as error:
         return fail(str(error), error.exit_code)
@@ -109,6 +114,13 @@ def _no_room(error: OSError) -> str | None:
     if error.errno in _FORBIDDEN:
         return f"no permission to use{place}; choose another folder or change its permissions."
     return None
+
+
+def _any_terminal() -> None:
+    """A terminal that cannot show a character shows a question mark instead of our traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _quiet_libraries() -> None:

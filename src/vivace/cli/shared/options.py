@@ -51,7 +51,9 @@ Guidance = Annotated[
 ]
 Fps = Annotated[
     float | None,
-    typer.Option(help="Frames per second of the file.", show_default=False, rich_help_panel=CLIP),
+    typer.Option(
+        min=0.1, max=1000, help="Frames per second of the file.", show_default=False, rich_help_panel=CLIP
+    ),
 ]
 Precision = Annotated[
     DType, typer.Option("--dtype", help="Precision; auto takes the fastest here.", rich_help_panel=RUN)

@@ -16,8 +16,8 @@ from vivace.report.units import size
 class Outputs:
     """The files of one command: all of them, complete, or none.
 
-    Every file is written under a hidden name beside its target (`.partial-...`) and renamed when the `with` block ends
-    well. After an error, an interrupt or a polite kill the hidden files and the folders made for them are removed;
+    Every file is written in a hidden folder beside its target (`.partial-...`) and moved when the `with` block ends
+    well. After an error, an interrupt or a polite kill the hidden folders and the folders made for them are removed;
     after a hard kill their name says what they are.
 
     Args:
@@ -28,7 +28,7 @@ class Outputs:
         self._need = need
         self._hidden: dict[Path, Path] = {}
         self._made: list[Path] = []
-        self._id = uuid.uuid4().hex[:8]
+        self._name = f".partial-{uuid.uuid4().hex[:8]}"
 
     def reserve(self, target: Path) -> Path:
         """The hidden path to write to instead of `target`.
@@ -38,23 +38,22 @@ class Outputs:
         """
         if target.is_dir():
             raise OutputError(f"the output {target} is a folder; name a file in it.")
-        hidden = target.with_name(f".partial-{self._id}-{target.name}")
+        home = target.parent / self._name
         try:
-            self._make(target.parent)
-            free = shutil.disk_usage(target.parent).free
-            hidden.touch()
+            self._make(home)
+            free = shutil.disk_usage(home).free
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
             raise OutputError(
                 f"cannot write {target}: {reason}; choose another folder or change its permissions."
             ) from None
-        self._hidden[target] = hidden
         if free < self._need:
             raise OutputError(
                 f"only {size(free)} are free in {target.parent} and up to {size(self._need)} are needed; "
                 "free some space or choose another folder."
             )
-        return hidden
+        self._hidden[target] = home / target.name
+        return self._hidden[target]
 
     def _make(self, folder: Path) -> None:
         missing = [p for p in (folder, *folder.parents) if not p.exists()]
@@ -71,9 +70,16 @@ class Outputs:
         if kind is None:
             for target, hidden in self._hidden.items():
                 os.replace(hidden, target)
-            return
-        for hidden in self._hidden.values():
-            hidden.unlink(missing_ok=True)
         for folder in reversed(self._made):
-            if not any(folder.iterdir()):
+            if folder.name == self._name:
+                shutil.rmtree(folder)
+            elif not any(folder.iterdir()):
                 folder.rmdir()
+        if isinstance(error, OutputError):
+            raise OutputError(self._translated(str(error))) from error
+
+    def _translated(self, sentence: str) -> str:
+        """A sentence about a hidden file, told of the file it stands for."""
+        for target, hidden in self._hidden.items():
+            sentence = sentence.replace(str(hidden), str(target))
+        return sentence

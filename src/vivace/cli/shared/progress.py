@@ -39,6 +39,7 @@ class Steps:
         self._label, self._total, self._note = label, total, "encoding the prompt"
         self._shares: list[float] = []
         self._reused = self._skipped = 0
+        self._stopped = False
         self._bars = BARS if fancy(console.encoding) else PLAIN_BARS
         self._width = max(10, min(WIDEST, console.width - BESIDE))
         self._start = self._first = time.monotonic()
@@ -69,7 +70,7 @@ class Steps:
 
     def _times(self) -> str:
         now, done = time.monotonic(), len(self._shares)
-        if not 1 < done < self._total:
+        if not 1 < done < self._total or self._stopped:
             return _clock(now - self._start)
         left = (now - self._first) / done * (self._total - done)
         return f"{_clock(now - self._start)}, {_clock(left)} left"
@@ -97,14 +98,18 @@ class Steps:
 
     def __enter__(self) -> Self:
         self._start = time.monotonic()
-        self._live.start()
+        if self._live.console.is_terminal:
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stopped = True
         self._note = self._saved() if kind is None else "stopped"
         self._live.stop()
+        if not self._live.console.is_terminal:
+            self._live.console.print(self.line())
 
 
 def _clock(seconds: float) -> str:

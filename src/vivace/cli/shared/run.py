@@ -81,7 +81,8 @@ def prepare(request: Request, *plans: Plan) -> Job:
         model.pixels.check(workload.frames, workload.height, workload.width)
     for plan in plans:
         plan.check(model)
-    job = Job(request, model, workload, float(request.fps or model.defaults.get("fps") or DEFAULT_FPS))
+    fps = request.fps if request.fps is not None else model.defaults.get("fps", DEFAULT_FPS)
+    job = Job(request, model, workload, float(fps))
     if job.embedded:
         _warn_of_unknown_words(request.prompt)
     return job
@@ -109,11 +110,13 @@ def load(job: Job) -> Any:
     """
     with screen(stderr=True).status(f"[quiet]loading {job.request.model}"):
         import torch
-        from diffusers.utils import logging
+        from diffusers.utils import logging as of_diffusers
+        from transformers.utils import logging as of_transformers
 
         from vivace.models import loading
 
-        logging.disable_progress_bar()
+        of_diffusers.disable_progress_bar()
+        of_transformers.disable_progress_bar()
         if job.request.threads:
             torch.set_num_threads(job.request.threads)
         dtype = getattr(torch, _DTYPES[job.request.dtype]) if job.request.dtype in _DTYPES else None
