@@ -54,11 +54,12 @@ class Engine:
         meter: Meter,
         device: Any,
         listener: StepListener | None = None,
+        on_begin: Callable[[], None] | None = None,
     ) -> None:
         self.pipeline, self.adapter, self.experts = pipeline, adapter, experts
         self.clock, self.store, self.meter = clock, store, meter
         self.watch = Stopwatch(device)
-        self.listener = listener
+        self.listener, self.on_begin = listener, on_begin
         self.trace = Trace()
         self._waiting: list[tuple[str, Any, Any]] = []
         self._announced: str | None = None
@@ -93,6 +94,8 @@ class Engine:
 
     def _begin(self, old: Callable[..., Any], scheduler: Any) -> Callable[..., Any]:
         def set_timesteps(*args: Any, **kwargs: Any) -> Any:
+            if self.on_begin is not None:
+                self.on_begin()
             out = old(*args, **kwargs)
             self.store.clear()
             self.meter.reset()

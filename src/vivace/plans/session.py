@@ -89,6 +89,7 @@ class Session:
         self.meter = Meter(self.clock)
         self._effects: dict[str, dict[str, float]] = {}
         self._standing: dict[str, dict[str, float]] = {}
+        self._fresh = False
         self._kernels: dict[tuple[str, str], KernelRecord] = {}
         self._total: float | None = None
         self._closed = False
@@ -126,6 +127,7 @@ class Session:
             self.meter,
             self._device(),
             on_step,
+            self._begin,
         )
         with self.edit.by("engine"):
             self.engine.install_inner(self.edit)
@@ -205,7 +207,8 @@ class Session:
             call.get(k) is not None for k in ("num_inference_steps", "timesteps")
         )
         call = self._arguments(call, seed)
-        self._effects = {name: dict(effects) for name, effects in self._standing.items()}
+        self._forget_effects()
+        self._fresh = True
         self._reset_peak()
         start = time.perf_counter()
         try:
@@ -293,6 +296,15 @@ class Session:
         return TechniqueRecord(
             name, t.card.paradigm.value, settings, str(t.card.cite), self.edit.edits(name), effects
         )
+
+    def _begin(self) -> None:
+        """A generation starts: one the pipeline was asked for directly must not add to the effects of the last."""
+        if not self._fresh:
+            self._forget_effects()
+        self._fresh = False
+
+    def _forget_effects(self) -> None:
+        self._effects = {name: dict(effects) for name, effects in self._standing.items()}
 
     def _report(self, technique: str, effect: str, amount: float) -> None:
         effects = self._effects.setdefault(technique, {})
