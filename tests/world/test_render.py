@@ -113,7 +113,7 @@ def test_small_and_large_are_clearly_apart():
     for size in ("small", "large"):
         scenes = [sample_scene(i, _single("still", shape, size)) for i, shape in enumerate(SHAPES)]
         area[size] = render(scenes, frames=1).mask.float().sum((1, 2, 3))
-        across = render(scenes, frames=1).mask.any(2).float().sum((1, 2))
+        across = render(scenes, frames=1).mask.any(3).float().sum((1, 2))  # their height
         assert across.min() >= 14
     assert (area["large"] / area["small"]).min() > 2.5
 

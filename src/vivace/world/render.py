@@ -34,12 +34,12 @@ PALETTE = {
 }
 # A stripe that is fixed to the object, so that turning is visible on every shape: its normal, half width and tone.
 STRIPE_NORMAL, STRIPE_HALF, STRIPE_TONE = (0.912, 0.24, 0.332), 0.17, 0.52
-AMBIENT, DIFFUSE = 0.52, 0.58
+AMBIENT, DIFFUSE = 0.46, 0.66
 # Shadow of a shape: half axes of its ellipsoid, and radius and half width of the ring it casts (a disc is a ring of 0).
 _SHADOW = {
     "sphere": ((1.0, 1.0, 1.0), 0.0, 1.0),
     "cube": ((0.95, 0.90, 0.95), 0.0, 1.0),
-    "cylinder": ((0.86, 1.00, 0.86), 0.0, 1.0),
+    "cylinder": ((0.70, 1.05, 0.70), 0.0, 1.0),
     "cone": ((0.80, 1.00, 0.80), 0.0, 0.92),
     "torus": ((1.0, 1.0, 0.36), 0.66, 0.36),
 }

@@ -29,7 +29,7 @@ RADIUS = {"small": 0.44, "large": 0.87}  # world units; about 19 and 37 pixels a
 REST_HEIGHT = {
     "sphere": 1.0,
     "cube": 0.82,
-    "cylinder": 0.92,
+    "cylinder": 1.0,
     "cone": 1.0,
     "torus": 1.0,
 }  # of the centre, in radii

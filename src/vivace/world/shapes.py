@@ -17,11 +17,11 @@ from torch import Tensor
 Vector = tuple[Tensor, Tensor, Tensor]
 
 CUBE = 0.82  # half the edge
-CYLINDER_RADIUS, CYLINDER_HALF = 0.82, 0.92
+CYLINDER_RADIUS, CYLINDER_HALF = 0.68, 1.0  # slender, so that even a small one is no cube
 CONE_RADIUS, CONE_HALF = 1.0, 1.0
 TORUS_MAJOR, TORUS_MINOR = 0.68, 0.32  # a standing ring: its axis is z
 TORUS_STEPS = 22
-BOUND = {"sphere": 1.0, "cube": 1.43, "cylinder": 1.24, "cone": 1.42, "torus": 1.0}  # bounding ball, in radii
+BOUND = {"sphere": 1.0, "cube": 1.43, "cylinder": 1.22, "cone": 1.42, "torus": 1.0}  # bounding ball, in radii
 _TINY = 1e-9
 _FAR = 1e4
 

@@ -64,32 +64,51 @@ class Prediction:
         return any(candidate[place] == value for candidate in candidates)
 
 
+class _Time(nn.Module):
+    """A convolution over three frames: a 1x1 convolution that sees each frame beside its neighbours.
+
+    Written with 2-D kernels alone, which are fast in bfloat16 everywhere. (B, T, C, h, w) in and out; `stride` keeps
+    every so many frames.
+    """
+
+    def __init__(self, width: int, stride: int = 1) -> None:
+        super().__init__()
+        self.stride = stride
+        self.mix = nn.Conv2d(3 * width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        around = F.pad(x, (0, 0, 0, 0, 0, 0, 1, 1))
+        beside = torch.cat([around[:, :-2], x, around[:, 2:]], dim=2)[:, :: self.stride]
+        return self.mix(beside.flatten(0, 1)).unflatten(0, beside.shape[:2])
+
+
 class _Block(nn.Module):
-    """Residual block: a 3x3 convolution in space, then one over three frames."""
+    """Residual block on (B, T, C, h, w): a 3x3 convolution in space, then one over three frames."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(8, width)
-        self.space = nn.Conv3d(width, width, (1, 3, 3), padding=(0, 1, 1))
+        self.space = nn.Conv2d(width, width, 3, padding=1)
         self.mid = nn.GroupNorm(8, width)
-        self.time = nn.Conv3d(width, width, (3, 1, 1), padding=(1, 0, 0))
+        self.time = _Time(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.time(F.silu(self.mid(self.space(F.silu(self.norm(x))))))
+        flat = self.space(F.silu(self.norm(x.flatten(0, 1))))
+        return x + self.time(F.silu(self.mid(flat)).unflatten(0, x.shape[:2]))
 
 
-class _Down(nn.Sequential):
-    """Halve the sides (and, if asked, the number of frames) while changing the width."""
+class _Down(nn.Module):
+    """Halve the sides (and, if asked, the number of frames) of (B, T, C, h, w) while changing the width."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 3, frames: bool = False) -> None:
-        layers: list[nn.Module] = [
-            nn.Conv3d(
-                inputs, outputs, (1, kernel, kernel), stride=(1, 2, 2), padding=(0, kernel // 2, kernel // 2)
-            )
-        ]
-        if frames:
-            layers.append(nn.Conv3d(outputs, outputs, (3, 1, 1), stride=(2, 1, 1), padding=(1, 0, 0)))
-        super().__init__(*layers, nn.GroupNorm(8, outputs), nn.SiLU())
+        super().__init__()
+        self.space = nn.Conv2d(inputs, outputs, kernel, stride=2, padding=kernel // 2)
+        self.time = _Time(outputs, stride=2) if frames else nn.Identity()
+        self.norm = nn.GroupNorm(8, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.time(self.space(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
+        return F.silu(self.norm(x.flatten(0, 1))).unflatten(0, x.shape[:2])
 
 
 def resample(video: Tensor, frames: int = GRID_FRAMES, side: int = GRID_SIDE) -> Tensor:
@@ -128,10 +147,8 @@ class Verifier(nn.Module):
             _Down(3, 32, kernel=5), _Down(32, 48), _Down(48, 96), _Block(96), _Block(96)
         )
         # What each place shows: evidence for every (shape, colour) and (shape, size); the renderer's masks teach it.
-        self.places = nn.Sequential(nn.GroupNorm(8, 96), nn.SiLU(), nn.Conv3d(96, _EVIDENCE, 1))
-        self.body = nn.Sequential(
-            _Down(96 + _PAIRS, 128, frames=True), _Block(128), _Block(128), nn.GroupNorm(8, 128), nn.SiLU()
-        )
+        self.places = nn.Sequential(nn.GroupNorm(8, 96), nn.SiLU(), nn.Conv2d(96, _EVIDENCE, 1))
+        self.body = nn.Sequential(_Down(96 + _PAIRS, 128, frames=True), _Block(128), _Block(128))
         self.neck = nn.Linear(256 + _EVIDENCE, FEATURES)
         heads = {
             "colour": len(SHAPES) * (len(COLOURS) + 1),
@@ -144,15 +161,15 @@ class Verifier(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, width) for name, width in heads.items()})
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Places (B, 1 + 40, T, h, w), evidence (B, 50) and features (B, 192) of clips on the grid (B, 3, T, H, W)."""
-        x = self.stem(x)
-        local = self.places(x).float()
+        """Places (B, T, 1 + 40, h, w), evidence (B, 50) and features (B, 192) of clips on the grid (B, 3, T, H, W)."""
+        x = self.stem(x.transpose(1, 2))  # (B, T, C, h, w) from here on
+        local = self.places(x.flatten(0, 1)).unflatten(0, x.shape[:2]).float()
         # The strongest place of each frame (softly), mean over time: an object is somewhere in every frame.
-        evidence = local.flatten(3).logsumexp(-1).mean(-1)
-        places = F.pad(local[:, :_PAIRS], (0, 0, 0, 0, 0, 0, 1, 0))  # class 0, nothing there, has the logit 0
-        seen = places.softmax(1)[:, 1:].to(x.dtype)
-        x = self.body(torch.cat([x, seen], dim=1))
-        pooled = torch.cat([x.mean((2, 3, 4)), x.amax((2, 3, 4)), evidence.to(x.dtype)], dim=1)
+        evidence = local.flatten(3).logsumexp(-1).mean(1)
+        places = F.pad(local[:, :, :_PAIRS], (0, 0, 0, 0, 1, 0))  # class 0, nothing there, has the logit 0
+        seen = places.softmax(2)[:, :, 1:].to(x.dtype)
+        x = F.silu(self.body(torch.cat([x, seen], dim=2)))
+        pooled = torch.cat([x.mean((1, 3, 4)), x.amax((1, 3, 4)), evidence.to(x.dtype)], dim=1)
         return places, evidence, F.silu(self.neck(pooled))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -168,7 +185,7 @@ class Verifier(nn.Module):
         )  # no evidence speaks for absence
         logits["colour"] = logits["colour"].unflatten(1, (len(SHAPES), len(COLOURS) + 1)) + present
         logits["size"] = (logits["size"] + size).unflatten(1, (len(SHAPES), len(SIZES)))
-        return logits | {"places": places.movedim(1, -1)}
+        return logits | {"places": places.movedim(2, -1)}
 
     @property
     def device(self) -> torch.device:
