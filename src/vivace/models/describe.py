@@ -58,6 +58,8 @@ def describe_folder(
         ModelError: the folder is no pipeline; the sentence names the file that is missing or damaged.
     """
     index = _json(folder / "model_index.json")
+    if "_class_name" not in index:
+        raise ModelError(f"{folder / 'model_index.json'} names no pipeline class; download the model again.")
     configs: dict[str, Mapping[str, Any]] = {}
     classes: dict[str, str] = {}
     for part in _CONFIGURED:
@@ -81,7 +83,10 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no table of settings")
+        return content
     except FileNotFoundError:
         raise ModelError(f"{file} is missing: a pipeline folder in diffusers' layout holds it.") from None
     except (ValueError, OSError) as error:

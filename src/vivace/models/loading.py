@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,8 @@ from vivace.models.known import KNOWN
 
 if TYPE_CHECKING:
     import torch
+
+_log = logging.getLogger(__name__)
 
 EMBEDDED = "tiny"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -129,9 +132,8 @@ def _folder(source: str | Path, *, weights: bool) -> Path:
 
 
 def _from_hub(name: str, weights: bool) -> Path:
-    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
 
     def get(local: bool) -> Path:
         if weights:
@@ -142,14 +144,14 @@ def _from_hub(name: str, weights: bool) -> Path:
 
     try:
         return get(local=True)
-    except (LocalEntryNotFoundError, OSError):
-        pass  # not in the cache, or only in part
+    except (OSError, ValueError) as error:
+        _log.debug("%s is not whole in the local cache: %s", name, error)
     try:
         return get(local=False)
-    except (RepositoryNotFoundError, GatedRepoError) as error:
+    except RepositoryNotFoundError as error:
         kind = "needs a login" if isinstance(error, GatedRepoError) else "is not on the hub"
         raise ModelError(f"'{name}' {kind}; check the id, or pass a folder.") from None
-    except (OSError, httpx.HTTPError):
+    except (OSError, HTTPError):
         raise OfflineError(
             f"'{name}' is not in the local cache and the hub cannot be reached; download it first "
             f"(`hf download {name}`) or pass a folder."
