@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vivace.core.errors import ConfigError
 from vivace.core.shapes import TokenGrid, Workload
 from vivace.kernels.api import candidates, select
 from vivace.models.adapter import AttentionSite, Expert, ExpertDescription, ModelDescription, RootCall

@@ -33,11 +33,11 @@ class Radial(BlockSparseAttention):
             title="Radial Attention: O(n log n) Sparse Attention with Energy Decay for Long Video Generation",
             arxiv="2506.19852",
             code="https://github.com/mit-han-lab/radial-attention",
-            differs="blocks never cross a frame, and a pair of blocks is judged by the distance of its centres; the same "
-            "place is always seen, where the original drops it in some far frames",
+            differs="blocks never cross a frame, and a pair of blocks is judged by the distance of its centres; "
+            "the same place is always seen, where the original drops it in some far frames",
         ),
         needs=(Need.ATTENTION_SITES, Need.TOKEN_GRID),
-        fidelity=None,
+        fidelity=0.4,
     )
 
     decay: float = knob(1.0, low=0.0, high=4.0, identity=0.0, monotone="attention_pairs")
@@ -50,7 +50,7 @@ class Radial(BlockSparseAttention):
     @classmethod
     def examples(cls, workdir: Path, pipeline: Any) -> tuple[Self, ...]:
         """A clip of two or three latent frames has no distance to speak of: start thinning at the next frame."""
-        return (cls(near=0, decay=2.0), cls(near=0, sink=0, dense_steps=2))
+        return (cls(near=0), cls(near=0, sink=0, dense_steps=2))
 
     def block_map(self, grid: TokenGrid) -> BlockMap:
         return radial(grid, self.decay, self.near, self.sink, self.block)

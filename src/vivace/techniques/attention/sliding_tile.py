@@ -31,11 +31,11 @@ class SlidingTile(BlockSparseAttention):
             title="Fast Video Generation with Sliding Tile Attention",
             arxiv="2502.04507",
             code="https://github.com/hao-ai-lab/FastVideo",
-            differs="one window for all heads, given as a share of each axis; tiles adapt to any grid, also one they do "
-            "not divide; windows end at the clip's border, where the original shifts them inwards",
+            differs="one window for all heads, given as a share of each axis; tiles adapt to any grid, also one "
+            "they do not divide; windows end at the clip's border, where the original shifts them inwards",
         ),
         needs=(Need.ATTENTION_SITES, Need.TOKEN_GRID),
-        fidelity=None,
+        fidelity=0.4,
     )
 
     window: float = knob(0.25, low=0.05, high=1.0, identity=1.0)

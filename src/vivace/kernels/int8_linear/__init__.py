@@ -1,0 +1,1 @@
+"""Linear layers with 8-bit integer weights; see `spec`."""

@@ -1,0 +1,144 @@
+"""Int8 linear layers: 8-bit weights, and 8-bit activations with a scale per token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from vivace.kernels.api import candidates, select
+from vivace.models.adapter import Expert, LinearSite, ModelDescription, Need
+from vivace.techniques.base import (
+    Card,
+    Cite,
+    Claim,
+    Paradigm,
+    Problem,
+    Stage,
+    Target,
+    Technique,
+    exclusive,
+    knob,
+)
+
+NAME = OP = "int8_linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Linear(Technique):
+    """Replace the weights of the blocks' linears by int8 codes with a scale per output channel.
+
+    `dynamic` also rounds the activations, each token with its own scale (W8A8 as in LLM.int8(), arXiv 2208.07339,
+    and ZeroQuant, arXiv 2206.01861). Layers of the modulation and the time embedding stay as they are: they see one
+    vector per step.
+    """
+
+    card: ClassVar[Card] = Card(
+        name=NAME,
+        paradigm=Paradigm.COMPRESSION,
+        summary="Linear layers with int8 weights: a quarter of the fp32 memory. Through torchao it saves time only "
+        "when compiled; the integer product on a CPU saves time at once.",
+        objective="memory; time per step on the integer product or when compiled",
+        stage=Stage.WEIGHTS,
+        claims=(exclusive("linear.weight"),),
+        cite=Cite(
+            title="ZeroQuant: Efficient and Affordable Post-Training Quantization for Large-Scale Transformers",
+            arxiv="2206.01861",
+            code="https://github.com/pytorch/ao",
+            differs="weights have one scale per output channel instead of one per group; no distillation of the layers",
+        ),
+        needs=(Need.LINEAR_SITES,),
+        fidelity=0.1,
+    )
+
+    mode: str = knob("dynamic", choices=("dynamic", "weight_only"))
+    """Whether activations are rounded too. `weight_only` saves memory, hardly ever time."""
+    roles: str = knob("all", choices=("all", "ffn", "attention"))
+    """Which linears of a block: feed-forward, attention projections (cross-attention and text too), or both."""
+    skip_blocks: int = knob(0, low=0, high=4)
+    """Blocks left alone, at the front and likewise at the back: they are the most sensitive."""
+    keep: str = knob("host", choices=("host", "device"))
+    """Where the original weights wait for the end of the session: in main memory, or on the device (saves nothing)."""
+    backend: str = "auto"
+    """Kernel by name (`vivace.kernels.int8_linear`), or `auto`."""
+
+    def claims(self, model: ModelDescription) -> tuple[Claim, ...]:
+        blocks = (
+            block
+            for expert in model.experts
+            for i, block in enumerate(expert.block_sites)
+            if self._takes_block(i, expert.depth)
+        )
+        return (exclusive("linear.weight", frozenset(blocks)),)
+
+    def check(self, model: ModelDescription) -> list[Problem]:
+        found = []
+        if self.backend not in (names := ["auto", *(c.name for c in candidates(OP))]):
+            found.append(self.problem("setting", f"backend must be one of {', '.join(names)}."))
+        if self.backend == "int_mm" and self.mode != "dynamic":
+            found.append(
+                self.problem(
+                    "setting", "backend int_mm multiplies integers; set mode: dynamic, or backend: torchao."
+                )
+            )
+        if not any(self._takes_block(i, e.depth) for e in model.experts for i in range(e.depth)):
+            found.append(
+                self.problem(
+                    "pointless",
+                    f"skip_blocks={self.skip_blocks} leaves none of {model.depth} blocks; lower it or leave it out.",
+                )
+            )
+        return found
+
+    def apply(self, target: Target) -> None:
+        sites = [site for expert in target.experts for site in self._sites(expert)]
+        if not sites:
+            return
+        sizes = [size for s in sites for size in (s.module.in_features, s.module.out_features)]
+        device = sites[0].module.weight.device.type
+        choice = select(OP, self.backend, device=device, mode=self.mode, features=math.gcd(*sizes))
+        target.chosen(choice)
+        before = after = 0
+        for site in sites:
+            linear = site.module
+            before += linear.weight.nbytes
+            after += self._convert(target, site, choice.run(linear, self.mode))
+        for effect, amount in (("linears", len(sites)), ("bytes_before", before), ("bytes_after", after)):
+            target.report(NAME, effect, amount)
+
+    def _convert(self, target: Target, site: LinearSite, new: Any) -> int:
+        """Put the quantised layer in force; returns the bytes of its weight and scales."""
+        import torch
+
+        linear = site.module
+        if type(new) is torch.nn.Linear:
+            # The tensor itself knows how to multiply: the layer, and what others hung on it, can stay.
+            target.edit.weight(linear, "weight", new.weight, keep=self.keep)
+        else:
+            if self.keep == "host":
+                target.edit.weight(linear, "weight", linear.weight.new_empty(0), keep="host")
+            target.edit.swap(site.parent, site.name, new)
+        return _nbytes(new.weight) + sum(_nbytes(b) for b in new.buffers())
+
+    def _sites(self, expert: Expert) -> Iterator[LinearSite]:
+        for site in expert.linears:
+            if self._takes_block(site.block, len(expert.blocks)) and self._takes_role(site.role):
+                yield site
+
+    def _takes_block(self, index: int, depth: int) -> bool:
+        return self.skip_blocks <= index < depth - self.skip_blocks
+
+    def _takes_role(self, role: str) -> bool:
+        feed_forward = role.removeprefix("text.").startswith("ffn.")
+        if role == "other" or (self.roles == "ffn" and not feed_forward):
+            return False
+        return self.roles != "attention" or not feed_forward
+
+
+def _nbytes(tensor: Any) -> int:
+    """Bytes of a tensor, or of the tensors a quantised one is made of."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(_nbytes(getattr(tensor, name)) for name in names)
+    return tensor.nbytes
