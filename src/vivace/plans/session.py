@@ -79,7 +79,7 @@ class Session:
     ) -> None:
         self.pipeline = pipeline
         self.plan = plan if isinstance(plan, Plan) else Plan.load(plan)
-        self.model = model or getattr(pipeline, "_vivace_description", None) or describe_pipeline(pipeline)
+        self.model = model or describe_pipeline(pipeline)
         if pipeline in _live:
             raise SessionError("this pipeline is in another session; close that one first.")
         self.warnings = [str(p) for p in self.plan.check(self.model)]
