@@ -25,7 +25,7 @@ from vivace.core.errors import VivaceError
 
 MAKE, KNOW, HERE = "Make videos", "Plans and methods", "This machine"
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
-_USAGE = typer.BadParameter.__bases__[0]
+_USAGE: type[Exception] = typer.BadParameter.__mro__[1]
 """Base of every complaint about the command line itself."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)

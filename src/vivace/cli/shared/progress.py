@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 WIDEST, BESIDE = 50, 48
 """Most columns of the chart, and the columns that the words beside it take; a column may stand for several steps."""
-BARS = "".join(chr(0x2581 + i) for i in range(8))
-"""Lower one eighth block to full block."""
-PLAIN_BARS = "._-=+*%#"
+BARS = "".join(chr(0x2581 + i) for i in range(6))
+"""Lower one eighth block to lower three quarters: a full step leaves some air below the line above."""
+PLAIN_BARS = "._-=*#"
 
 
 class Steps:
@@ -93,7 +93,10 @@ class Steps:
                 out.append(("\N{MIDDLE DOT}" if self._bars == BARS else " ") * repeat, "quiet")
                 continue
             share = sum(done) / len(done)
-            out.append(self._bars[round(share * 7)] * repeat, "full" if share > 1 - 1e-6 else "saved")
+            out.append(
+                self._bars[round(share * (len(self._bars) - 1))] * repeat,
+                "full" if share > 1 - 1e-6 else "saved",
+            )
         return out
 
     def __enter__(self) -> Self:

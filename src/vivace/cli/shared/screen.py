@@ -17,6 +17,10 @@ THEME = {
     "good": "green",
     "fair": "yellow",
     "bad": "red",
+    "warning": "bold yellow",
+    "error": "bold red",
+    "gain": "bold green",
+    "loss": "bold red",
     "full": "cyan",
     "saved": "green",
 }
@@ -35,21 +39,21 @@ def screen(*, stderr: bool = False) -> Console:
 
 def fail(sentence: str, code: int = 2) -> int:
     """Print an error sentence on stderr, unbroken, and hand the exit code through."""
-    _say("error", "bad", sentence)
+    _say("error", sentence)
     return code
 
 
 def warn(sentence: str) -> None:
     """Print a warning on stderr."""
-    _say("warning", "fair", sentence)
+    _say("warning", sentence)
 
 
-def _say(word: str, style: str, sentence: str) -> None:
+def _say(word: str, sentence: str) -> None:
     from rich.text import Text
 
     # soft_wrap: a terminal may break the line, Vivace does not; a log keeps one sentence on one line.
     sys.stdout.flush()
-    screen(stderr=True).print(Text.assemble((f"{word}: ", f"bold {style}"), sentence), soft_wrap=True)
+    screen(stderr=True).print(Text.assemble((f"{word}: ", word), sentence), soft_wrap=True)
 
 
 def table(*columns: str, title: str = "", right: Iterable[int] = ()) -> Table:

@@ -66,7 +66,7 @@ def pair_table(pair: Pair) -> Table:
 
     out = table("", "exact", escape(pair.plan.name), "", right=(1, 2, 3))
     for row in receipt_rows(*pair.receipts):
-        if row.group == "stage":
+        if row.group not in ("", "total"):
             out.add_row(f"[quiet]  {row.label}[/]", f"[quiet]{row.exact}[/]", f"[quiet]{row.fast}[/]", "")
             continue
         ratio = f"[{row.tone}]{row.ratio}[/]" if row.tone else f"[quiet]{row.ratio}[/]"
@@ -81,8 +81,8 @@ def pair_facts(pair: Pair) -> Table:
     out = facts()
     share = pair.flops_share
     compute = f" [quiet]with {percent(share)} of the compute[/]" if share is not None else ""
-    tone = "good" if pair.speed_up > 1 else "bad"
-    out.add_row("speed-up", f"[bold {tone}]{factor(pair.speed_up)}[/]{compute}")
+    tone = "gain" if pair.speed_up > 1 else "loss"
+    out.add_row("speed-up", f"[{tone}]{factor(pair.speed_up)}[/]{compute}")
     for metric in pair.metrics:
         if metric.skipped is not None:
             out.add_row(metric.name.upper(), f"[quiet]skipped: {escape(metric.skipped)}[/]")
