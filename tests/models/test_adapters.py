@@ -45,6 +45,23 @@ def test_tokens_of_two_latent_frames_pad_the_latent(frames):
     )
 
 
+def test_image_tokens_beside_the_text_are_attended_and_counted():
+    """Wan 2.1 image-to-video: cross-attention to 257 image tokens with keys and values of their own."""
+    pipe = models.pipeline("wan2.1-i2v", image_encoder=True, layers=2)
+    call = models.call("wan2.1-i2v") | {"max_sequence_length": 512, "num_inference_steps": 2}
+    check_adapter(pipe, call=call).raise_for_failures()
+
+
+@pytest.mark.parametrize("name", ["wan2.1", "cogvideox", "ltx", "hunyuan"])
+def test_processors_are_exact_in_bfloat16(name):
+    pipe = models.pipeline(name)
+    for part in (pipe.transformer, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
+        if part is not None:
+            part.to(torch.bfloat16)
+    case = AdapterCase(pipe, models.call(name) | {"num_inference_steps": 1})
+    next(c for c in ADAPTER_CHECKS if c.__name__ == "check_processors_are_exact")(case)
+
+
 def test_guidance_off_is_one_branch():
     for name in ("wan2.1", "cogvideox", "hunyuan"):
         case = AdapterCase(name, models.call(name, guided=False))

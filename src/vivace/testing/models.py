@@ -48,8 +48,19 @@ def byte_tokenizer(length: int = 512, pieces: tuple[str, ...] = (), start: str |
     )
 
 
-def wan(*, layers: int = 4, experts: int = 1, image: bool = False, token_timesteps: bool = False) -> Any:
-    """Wan 2.1 (one expert) or 2.2 (two), text-to-video or image-to-video; TI2V gives every token a timestep."""
+def wan(
+    *,
+    layers: int = 4,
+    experts: int = 1,
+    image: bool = False,
+    image_encoder: bool = False,
+    token_timesteps: bool = False,
+) -> Any:
+    """Wan 2.1 (one expert) or 2.2 (two), text-to-video or image-to-video; TI2V gives every token a timestep.
+
+    With `image_encoder`, image-to-video also attends to the picture's CLIP tokens, as Wan 2.1 does; it then needs
+    `max_sequence_length=512`, which diffusers takes for granted there.
+    """
     from diffusers import (
         AutoencoderKLWan,
         UniPCMultistepScheduler,
@@ -73,6 +84,8 @@ def wan(*, layers: int = 4, experts: int = 1, image: bool = False, token_timeste
             cross_attn_norm=True,
             qk_norm="rms_norm_across_heads",
             rope_max_seq_len=32,
+            image_dim=16 if image_encoder else None,
+            added_kv_proj_dim=24 if image_encoder else None,
         ).eval()
 
     vae = AutoencoderKLWan(
@@ -102,7 +115,10 @@ def wan(*, layers: int = 4, experts: int = 1, image: bool = False, token_timeste
         "boundary_ratio": 0.8 if experts == 2 else None,
     }
     if image:
-        return WanImageToVideoPipeline(**parts, image_encoder=None, image_processor=None)
+        encoder = _clip_vision(224) if image_encoder else None
+        return WanImageToVideoPipeline(
+            **parts, image_encoder=encoder, image_processor=_clip_processor(224) if image_encoder else None
+        )
     return WanPipeline(**parts, expand_timesteps=token_timesteps)
 
 
@@ -239,12 +255,7 @@ def hunyuan(*, layers: int = 2, single_layers: int = 2, image: bool = False) -> 
         "tokenizer_2": byte_tokenizer(77),
     }
     if image:
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-        size = {"height": 336, "width": 336}
-        return HunyuanVideoImageToVideoPipeline(
-            **parts, image_processor=CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=size)
-        )
+        return HunyuanVideoImageToVideoPipeline(**parts, image_processor=_clip_processor(336))
     return HunyuanVideoPipeline(**parts)
 
 
@@ -287,23 +298,41 @@ def _llama(vocabulary: int) -> Any:
 
 
 def _llava(tokenizer: Any) -> Any:
-    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=336,
-        patch_size=14,
-    )
     config = LlavaConfig(
-        vision_config=vision,
+        vision_config=_clip_vision_config(336),
         text_config=_llama_config(len(tokenizer)),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         pad_token_id=0,
     )
     return LlavaForConditionalGeneration(config).eval()
+
+
+def _clip_vision_config(size: int) -> Any:
+    from transformers import CLIPVisionConfig
+
+    return CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=size,
+        patch_size=14,
+    )
+
+
+def _clip_vision(size: int) -> Any:
+    from transformers import CLIPVisionModel
+
+    return CLIPVisionModel(_clip_vision_config(size)).eval()
+
+
+def _clip_processor(size: int) -> Any:
+    # The default processor needs torchvision; this one needs Pillow.
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
 
 def _clip() -> Any:
