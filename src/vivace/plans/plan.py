@@ -129,15 +129,16 @@ class Plan:
         """Everything that speaks against running this plan on this model: errors and warnings, none left out."""
         items = self.ordered()
         found: list[Problem] = []
-        for name, group in itertools.groupby(sorted(t.card.name for t in items)):
-            if len(list(group)) > 1 and not _disjoint([t for t in items if t.card.name == name], model):
+        for name in sorted({t.card.name for t in items}):
+            group = [t for t in items if t.card.name == name]
+            if len(set(group)) < len(group) or not _disjoint(group, model):
                 found.append(Problem(name, "duplicate", "is in the plan twice; keep one."))
         for technique in items:
             found += self._needs(technique, model)
         usable = [t for t in items if not any(p.technique == t.card.name and p.kind == "need" for p in found)]
-        for technique in usable:
+        for i, technique in enumerate(usable):
             found += technique.check(model)
-            found += technique.check_beside(model, tuple(t for t in usable if t is not technique))
+            found += technique.check_beside(model, (*usable[:i], *usable[i + 1 :]))
         for a, b in itertools.combinations(usable, 2):
             if a.card.name != b.card.name:
                 found += _conflicts(a, b, model)
