@@ -171,3 +171,9 @@ def test_updates_that_do_not_fit_say_which(tensors, words, tmp_path):
     save_file({k: torch.zeros(size) for k, size in tensors.items()}, tmp_path / "lora.safetensors")
     _, message = problem(Lora(path=str(tmp_path)), pipeline("wan2.1"))
     assert words in message
+
+
+def test_the_same_lora_twice_is_refused(lora_file):
+    twice = [Lora(path=str(lora_file)), Lora(path=str(lora_file))]
+    found = Plan(twice).problems(describe_pipeline(pipeline("wan2.1")))
+    assert [p.kind for p in found] == ["duplicate"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from vivace.core.context import COND, FUSED, UNCOND
 from vivace.core.shapes import Workload
-from vivace.models.adapter import ModelDescription, RootCall
+from vivace.models.adapter import Guidance, ModelDescription, RootCall
 from vivace.techniques.base import (
     Card,
     Cite,
@@ -118,8 +118,16 @@ class GuidanceInterval(Technique):
             evaluation.mark(NAME)
 
     def estimate(self, model: ModelDescription, workload: Workload, base: Estimate) -> Estimate:
-        """Exact: a step outside the interval costs one evaluation of the pair."""
+        """Exact where both branches have texts of one length, which joint attention of separate calls need not have."""
         if base.nfe[0] < 2 * workload.steps:
             return base
         guided = sum(self.guides(i, workload.steps) for i in range(workload.steps))
-        return base.scaled((workload.steps + guided) / (2 * workload.steps))
+        skipped = (workload.steps - guided) / workload.steps
+        out = base.scaled(1.0 - skipped / 2, fields=("nfe", "blocks_run"))
+        grid = model.grid(workload)
+        least = 0.5
+        if model.guidance is Guidance.SEPARATE and grid is not None and grid.text:
+            # A branch costs at least what its video tokens cost, and at most what it costs with all text tokens.
+            least = 1.0 / (1.0 + (grid.tokens / grid.video) ** 2)
+        fields = ("attention_pairs", "flops")
+        return out.scaled(1.0 - skipped * (1.0 - least), 1.0 - skipped * least, fields=fields)
