@@ -227,12 +227,15 @@ def finish(
         first, rest = now.first[i], hidden[i] - now.hidden[i]
         # A view would keep the rows of the whole batch in memory beside those remembered from earlier steps.
         first = first.clone() if now.mixed else first
-        rows[now.who[i]] = Row(first, rest, None if text is None else text[i] - now.text[i])
+        rows[now.who[i]] = Row(
+            first, rest, None if text is None or now.text is None else text[i] - now.text[i]
+        )
     if not now.skip:
         return hidden, text
     index = torch.tensor(now.skip, device=hidden.device)
     kept = [rows[now.who[i]] for i in now.skip]
     hidden = hidden.index_add(0, index, torch.stack([k.rest for k in kept]))
-    if text is not None:
-        text = text.index_add(0, index, torch.stack([k.text for k in kept]))
+    texts = [k.text for k in kept if k.text is not None]
+    if text is not None and texts:
+        text = text.index_add(0, index, torch.stack(texts))
     return hidden, text
