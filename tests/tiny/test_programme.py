@@ -18,9 +18,9 @@ from vivace.tiny.train import __main__ as commands
 from vivace.tiny.train import text_to_video
 from vivace.tiny.train.clips import ClipShape
 from vivace.tiny.train.evaluate import evaluate, sample_clips
-from vivace.tiny.train.export import export, pack, unpack
+from vivace.tiny.train.export import export, pack, read_pipeline, unpack
 
-SIZE = "--size 5 32 32 --no-compile"
+SIZE = "--size 5 32 32"
 CALL = {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2, "max_sequence_length": 64}
 
 
@@ -35,7 +35,7 @@ def run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run")
     vae = f"vae --out {out} --steps 2 --bank 4 --portion 2 --stage 1:5x16x2 --eval-clips 2 {SIZE}"
     assert commands.main(vae.split()) == 0
-    flow = f"text-to-video --out {out} --vae {out}/vae --steps 2 --clips 4 --portion 2 --batch 2 {SIZE}"
+    flow = f"text-to-video --out {out} --vae {out}/vae --steps 2 --clips 4 --portion 2 --batch 2 --no-compile {SIZE}"
     assert commands.main(flow.split()) == 0
     return out
 
@@ -63,6 +63,18 @@ def test_plain_diffusers_runs_the_result(run: Path):
     half = WanPipeline.from_pretrained(run / "pipeline", dtype=torch.bfloat16, local_files_only=True)
     half.set_progress_bar_config(disable=True)
     assert (generate(half) - frames).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_our_reader_gives_what_diffusers_gives(run: Path, dtype):
+    plain = WanPipeline.from_pretrained(run / "pipeline", dtype=dtype, local_files_only=True)
+    ours = read_pipeline(run / "pipeline", dtype)
+    for part in ("transformer", "vae", "text_encoder"):
+        expected, found = getattr(plain, part).state_dict(), getattr(ours, part).state_dict()
+        assert {name: tensor.dtype for name, tensor in found.items()} == {
+            n: t.dtype for n, t in expected.items()
+        }
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 def test_pack_unpack_export_load(run: Path, tmp_path: Path):

@@ -18,9 +18,10 @@ from diffusers import WanPipeline
 from torch import Tensor
 
 from vivace.tiny.defaults import TEXT_LENGTH
-from vivace.tiny.load import load_tiny
+from vivace.tiny.load import WEIGHTS
 from vivace.tiny.train.clips import ClipShape
 from vivace.tiny.train.common import Processes, machine, write_json
+from vivace.tiny.train.export import read_pipeline
 from vivace.tiny.train.seeds import held_out
 from vivace.tiny.train.sheets import contact_sheet
 from vivace.tiny.train.vae_quality import reconstruct
@@ -141,7 +142,7 @@ def evaluate(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for record and contact sheets")
-    parser.add_argument("--pipeline", type=Path, help="diffusers folder; default: the packaged weights")
+    parser.add_argument("--pipeline", type=Path, default=WEIGHTS, help="diffusers folder")
     parser.add_argument("--verifier", type=Path, help="weights of the verifier; default: the packaged ones")
     parser.add_argument(
         "--records", type=Path, nargs="*", default=[], help="records to put into the same file"
@@ -160,11 +161,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     device = Processes.join().device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if arguments.pipeline is None:
-        pipeline = load_tiny(dtype)
-    else:
-        pipeline = WanPipeline.from_pretrained(arguments.pipeline, dtype=dtype, local_files_only=True)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = read_pipeline(arguments.pipeline, dtype)
     pipeline.to(device)
     if arguments.compile:
         pipeline.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)

@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from diffusers import WanPipeline
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from vivace.core.errors import OutputError, WeightsError
 from vivace.tiny.build import TinyConfig, build_pipeline
@@ -64,6 +65,40 @@ def unpack(folder: Path, config: TinyConfig | None = None, words: Iterable[str] 
     return pipeline
 
 
+def read_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> WanPipeline:
+    """A diffusers folder as `from_pretrained(dtype=)` gives it, on machines without `accelerate` too.
+
+    `from_pretrained` of the transformer needs that package, because parts of it stay in fp32 in every dtype.
+    """
+    parts = {
+        "transformer": WanTransformer3DModel.from_config(
+            WanTransformer3DModel.load_config(folder / "transformer")
+        ),
+        "vae": AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder / "vae")),
+        "text_encoder": UMT5EncoderModel(UMT5Config.from_pretrained(folder / "text_encoder")),
+    }
+    for part, module in parts.items():
+        tensors = {n: t for path in (folder / part).glob("*.safetensors") for n, t in load_file(path).items()}
+        expected = unique_tensors(module)
+        if tensors.keys() != expected.keys():
+            raise WeightsError(
+                f"{folder / part} does not hold the weights of its configuration; train it again."
+            )
+        module.load_state_dict(tensors, strict=False)
+        kept = getattr(module, "_keep_in_fp32_modules", None) if part == "transformer" else None
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if tensor.is_floating_point() and not any(word in (kept or ()) for word in name.split(".")):
+                tensor.data = tensor.data.to(dtype)
+        module.eval()
+    pipeline = WanPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+        scheduler=UniPCMultistepScheduler.from_pretrained(folder / "scheduler"),
+        **parts,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def unique_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict without tied copies (UMT5 shares its embedding with its stack)."""
     kept, seen = {}, set()
@@ -110,9 +145,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    pipeline = (
-        WanPipeline.from_pretrained(arguments.pipeline) if arguments.pipeline else unpack(arguments.packed)
-    )
+    if arguments.pipeline:
+        pipeline = read_pipeline(arguments.pipeline, torch.float32)
+    else:
+        pipeline = unpack(arguments.packed)
     if arguments.pack_to:
         for path in pack(pipeline, arguments.pack_to):
             print(f"{path} {path.stat().st_size / 2**20:.1f} MiB")
