@@ -234,7 +234,8 @@ def _window(
 
     origin = local(camera.position - centre)
     right, up, forward = local(camera.right), local(camera.up), local(camera.forward)
-    d = tuple((forward[i] + y * up[i]) + x * right[i] for i in range(3))
+    dx, dy, dz = ((forward[i] + y * up[i]) + x * right[i] for i in range(3))
+    d = (dx, dy, dz)
     hit, t, normal = shapes.INTERSECT[name](origin, d)
     colour = _shade(name, scenes, batch, clips, slots, hit, t, normal, origin, d, device)
 

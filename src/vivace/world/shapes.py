@@ -71,11 +71,11 @@ def cube(o: Vector, d: Vector) -> Hit:
         far.append(middle + half)
     enter = torch.maximum(torch.maximum(near[0], near[1]), near[2])
     leave = torch.minimum(torch.minimum(far[0], far[1]), far[2])
-    normal = tuple(
+    nx, ny, nz = (
         torch.where(side == enter, -torch.sign(slope), torch.zeros_like(enter))
         for side, slope in zip(near, d, strict=True)
     )
-    return Hit(enter < leave, enter, normal)
+    return Hit(enter < leave, enter, (nx, ny, nz))
 
 
 def cylinder(o: Vector, d: Vector) -> Hit:

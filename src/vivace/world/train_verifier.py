@@ -10,7 +10,7 @@ import os
 import platform
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -65,12 +65,12 @@ class VerifierTraining:
     @classmethod
     def tiny(cls, **changes: Any) -> VerifierTraining:
         """Small enough for a smoke test on one CPU core."""
-        small = {"batch": 8, "frames": 12, "side": 48, "workers": 0, "held_out": 16}
+        small: dict[str, Any] = {"batch": 8, "frames": 12, "side": 48, "workers": 0, "held_out": 16}
         small |= {"held_out_frames": 12, "held_out_side": 48, "reuse": 1, "warmup": 5, "ema": 0.9}
         return cls(**(small | changes))
 
 
-def _scene_batches(config: VerifierTraining, first: int) -> Iterator[list[Scene]]:
+def _scene_batches(config: VerifierTraining, first: int) -> Generator[list[Scene], None, None]:
     """Training batches from number `first` on, sampled ahead by other processes where the config asks for them."""
 
     def seeds(number: int) -> Sequence[int]:
@@ -100,7 +100,7 @@ def measure(
 ) -> dict[str, float]:
     """Share of clips whose attribute is read right, for each of `ATTRIBUTES`, and their mean."""
     model.eval()
-    right = dict.fromkeys(ATTRIBUTES, 0)
+    right: dict[str, int] = dict.fromkeys(ATTRIBUTES, 0)
     for start in range(0, len(seeds), batch):
         scenes = sample_scenes(seeds[start : start + batch])
         clip = render(scenes, frames=frames, height=side, width=side, device=model.device, with_mask=False)
@@ -109,6 +109,15 @@ def measure(
                 right[name] += correct
     shares = {name: value / max(len(seeds), 1) for name, value in right.items()}
     return shares | {"mean": sum(shares.values()) / len(shares)}
+
+
+def _show(
+    scenes: list[Scene], config: VerifierTraining, device: torch.device
+) -> tuple[list[Scene], Tensor, Tensor]:
+    """Scenes with their clips (B, 3, T, H, W) in [-1, 1], and which object each pixel shows (B, T, H, W)."""
+    clip = render(scenes, frames=config.frames, height=config.side, width=config.side, device=device)
+    assert clip.index is not None
+    return scenes, resample(clip.video, config.frames, config.side), clip.index
 
 
 class _Run:
@@ -204,16 +213,12 @@ def train(
         run.restore(checkpoint)
     began, before, saved, first = time.monotonic(), run.elapsed, time.monotonic(), run.step
     batches = _scene_batches(config, run.step // config.reuse)
-    fresh = True
+    batch: tuple[list[Scene], Tensor, Tensor] | None = None
     try:
         while (progress := run.step / config.steps if config.steps else run.elapsed / (60.0 * minutes)) < 1.0:
-            if fresh or run.step % config.reuse == 0:
-                scenes = next(batches)
-                side = config.side
-                clip = render(scenes, frames=config.frames, height=side, width=side, device=device)
-                x, index = resample(clip.video, config.frames, side), clip.index
-                fresh = False
-            point = run.update(scenes, x, index, progress)
+            if batch is None or run.step % config.reuse == 0:
+                batch = _show(next(batches), config, device)
+            point = run.update(*batch, progress)
             run.elapsed = before + time.monotonic() - began
             if run.step % 20 == 0 or run.step == 1:
                 run.curve.append({**point, "seconds": round(run.elapsed, 2)})

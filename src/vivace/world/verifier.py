@@ -147,7 +147,10 @@ class Verifier(nn.Module):
             _Down(3, 32, kernel=5), _Down(32, 48), _Down(48, 96), _Block(96), _Block(96)
         )
         # What each place shows: evidence for every (shape, colour) and (shape, size); the renderer's masks teach it.
-        self.places = nn.Sequential(nn.GroupNorm(8, 96), nn.SiLU(), nn.Conv2d(96, _EVIDENCE, 1))
+        last = nn.Conv2d(96, _EVIDENCE, 1)
+        assert last.bias is not None
+        nn.init.constant_(last.bias, -5.0)  # most places show nothing
+        self.places = nn.Sequential(nn.GroupNorm(8, 96), nn.SiLU(), last)
         self.body = nn.Sequential(_Down(96 + _PAIRS, 128, frames=True), _Block(128), _Block(128))
         self.neck = nn.Linear(256 + _EVIDENCE, FEATURES)
         heads = {
