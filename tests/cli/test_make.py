@@ -11,6 +11,8 @@ from vivace.core.receipt import Receipt
 from vivace.evaluation.video import read_mp4
 from vivace.models.loading import load
 from vivace.plans.session import accelerate
+from vivace.tiny.build import TinyConfig, build_pipeline
+from vivace.tiny.defaults import DEFAULTS
 
 PROMPT = "a red sphere"
 
@@ -102,3 +104,30 @@ def test_compare_of_equal_runs_is_identical(vivace, here, small):
     facts = json.loads((here / "comparison" / "comparison.json").read_text())
     assert facts["metrics"][0]["pooled"] is None
     assert (here / "comparison" / "exact.mp4").read_bytes() == (here / "comparison" / "fast.mp4").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """The embedded pipeline as it is before training, in the layout of the packaged weights."""
+    home = tmp_path_factory.mktemp("embedded")
+    build_pipeline(config=TinyConfig(heads=2, layers=2, ffn_dim=128)).save_pretrained(home)
+    (home / "manifest.json").write_text("{}")
+    return home
+
+
+def test_the_embedded_model_is_judged_or_the_reason_is_told(vivace, here, untrained, monkeypatch):
+    monkeypatch.setattr("vivace.tiny.load.WEIGHTS", untrained)
+    prompt = "a red sphere slides left past a zebra"
+    size = ("--frames", "9", "--height", "32", "--width", "32", "--exact-steps", "2", "--steps", "2")
+    ran = vivace("compare", prompt, *size, "-o", "both")
+    assert ran.code == 0, ran.err
+    assert "does not know" in ran.err
+    assert "'zebra'" in ran.err
+    facts = json.loads((here / "both" / "comparison.json").read_text())
+    assert facts["request"]["fps"] == DEFAULTS["fps"]
+    if facts["attributes"]:
+        asked = {c["name"]: c["wanted"] for c in facts["attributes"] if c["wanted"] is not None}
+        assert asked == {"object": "sphere", "colour": "red sphere", "motion": "slide_left", "count": "1"}
+    else:
+        assert "verifier" in facts["attributes_unchecked"]
+        assert facts["attributes_unchecked"] in " ".join(ran.out.split())

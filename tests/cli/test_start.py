@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
 import vivace as package
+from vivace.cli.shared.screen import fancy
 
 HEAVY = ("torch", "diffusers", "transformers", "av")
 
@@ -31,12 +32,17 @@ print("heavy:", [m for m in {HEAVY} if m in sys.modules])
 
 
 def test_help_is_quick():
-    command = [sys.executable, "-m", "vivace", "--help"]
+    """Processor time, which a busy machine does not stretch; showing a help text waits for nothing."""
+
+    def spent() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
     times = []
-    for _ in range(5):
-        before = time.perf_counter()
-        subprocess.run(command, capture_output=True, check=True)
-        times.append(time.perf_counter() - before)
+    for _ in range(3):
+        before = spent()
+        subprocess.run([sys.executable, "-m", "vivace", "--help"], capture_output=True, check=True)
+        times.append(spent() - before)
     assert min(times) < 0.5
 
 
@@ -69,9 +75,11 @@ def test_a_closed_pipe_is_no_error():
 
 def test_a_terminal_without_unicode_gets_words():
     done = subprocess.run(
-        [sys.executable, "-m", "vivace", "doctor"],
+        [sys.executable, "-m", "vivace", "methods", "show", "first_block_cache"],
         capture_output=True,
         env=os.environ | {"PYTHONIOENCODING": "ascii"},
     )
-    assert b"Traceback" not in done.stderr
-    assert b"ok" in done.stdout
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
+    assert not fancy("ascii")
+    assert fancy("utf-8")
