@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from vivace.tiny.defaults import TEXT_LENGTH
 from vivace.tiny.train.clips import ClipShape, to_model
-from vivace.tiny.train.common import Processes, compiled
+from vivace.tiny.train.common import Processes
 from vivace.tiny.whole_clip import encode_moments
 from vivace.world import caption, sample_scenes
 from vivace.world.splits import train_seeds
@@ -77,14 +77,15 @@ def normalise(vae: AutoencoderKLWan, moments: Tensor) -> Tensor:
     return (mean.float() - centre) / spread
 
 
-def make_encoder(vae: AutoencoderKLWan, processes: Processes, compile: bool) -> Callable[[Tensor], Tensor]:
-    """uint8 clips (B, T, H, W, 3) -> bf16 normalised latents, by the whole-clip pass."""
+def make_encoder(vae: AutoencoderKLWan, processes: Processes) -> Callable[[Tensor], Tensor]:
+    """uint8 clips (B, T, H, W, 3) -> bf16 normalised latents, by the whole-clip pass (faster than the rendering)."""
 
+    @torch.no_grad()
     def encode(video: Tensor) -> Tensor:
         with processes.autocast():
-            return normalise(vae, encode_moments(vae, to_model(video), "stack")).bfloat16()
+            return normalise(vae, encode_moments(vae, to_model(video))).bfloat16()
 
-    return torch.no_grad()(compiled(encode, compile, processes.say))
+    return encode
 
 
 def encode_clips(
@@ -97,11 +98,10 @@ def encode_clips(
     stream: int,
     captions: int = 3,
     portion: int = 32,
-    compile: bool = True,
     seconds: float = float("inf"),
 ) -> LatentSet:
     """Render and encode `count` clips (rounded up to portions), or as many as fit into `seconds`."""
-    encode, latents, masks, ids = make_encoder(vae, processes, compile), [], [], []
+    encode, latents, masks, ids = make_encoder(vae, processes), [], [], []
     started = time.perf_counter()
     for start in range(0, count, portion):
         scenes = sample_scenes(train_seeds(start, portion, stream))

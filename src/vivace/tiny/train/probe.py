@@ -98,12 +98,13 @@ class FlowSettings:
         self.processes.choose_attention("auto")
 
     def measure_optimizer(self, need: float) -> None:
-        for group in self.trainer.optimizer.muon.param_groups:
+        muon = self.trainer.optimizer.muon
+        if muon is None:
+            return
+        for group in muon.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.randn_like(parameter)
-        self.table.measure(
-            "muon update of the transformer", self.trainer.optimizer.muon.step, 1, "steps/s", need
-        )
+        self.table.measure("muon update of the transformer", muon.step, 1, "steps/s", need)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -138,7 +139,7 @@ def main(arguments: argparse.Namespace) -> None:
     flow.measure(batch, "cudnn", need=20)
     for other in arguments.batches[1:]:
         flow.measure(other, "auto", need=20)
-    encode = make_encoder(build_pipeline(0).vae.to(processes.device), processes, compile)
+    encode = make_encoder(build_pipeline(0).vae.to(processes.device), processes)
     clips = bank.video[: arguments.portion]
     table.measure(f"encode, {len(clips)} at a time", lambda: encode(clips), len(clips), "clips/s", 12)
     vae.measure("stack", compile, later, need=35)

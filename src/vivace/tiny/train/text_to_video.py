@@ -198,7 +198,6 @@ def gather_latents(
         stream=training_stream("text_to_video", processes.rank),
         captions=arguments.captions,
         portion=arguments.portion,
-        compile=not arguments.no_compile,
         seconds=60.0 * arguments.encode_minutes,
     )
     processes.say(f"{len(data)} clips encoded in {time.perf_counter() - started:.0f} s")
