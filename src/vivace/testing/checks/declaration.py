@@ -44,6 +44,7 @@ def check_config_is_data(case: Case) -> None:
     """Settings are frozen, hashable, plain, and come back from JSON equal."""
     parameters: Any = getattr(case.technique, "__dataclass_params__", None)
     expect(parameters is not None and parameters.frozen, "is no frozen dataclass")
+    case.main.to_dict()  # raises with a sentence when a value is no plain data
     for label, technique in {**case.variants(), **case.identities()}.items():
         names = [f.name for f in dataclasses.fields(technique)]
         for name in names or ["anything"]:
@@ -106,7 +107,7 @@ def _refused(technique: Technique, field: str, value: Any) -> None:
 def check_construction_does_nothing(case: Case) -> None:
     """Building settings stores exactly the fields, and changes neither a model nor the process."""
     subject = case.subject()
-    before, settings, state = fingerprint(subject.pipeline), process_settings(), generators()
+    before, settings, state = fingerprint(subject.pipeline), case.world.settings, generators()
     for label, technique in case.variants().items():
         names = {f.name for f in dataclasses.fields(technique)}
         extra = set(getattr(technique, "__dict__", {})) - names
