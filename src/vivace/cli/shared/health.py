@@ -121,17 +121,19 @@ def _kernels() -> Iterator[Check]:
     import vivace.kernels
     from vivace.kernels.api import candidates
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    context = {"device": device, "dtype": "float32"}
     for op in pkgutil.iter_modules(vivace.kernels.__path__):
         if not op.ispkg:
             continue
         for candidate in candidates(op.name):
-            reason = candidate.refuse({"device": device, "dtype": torch.float32})
+            refused, avoided = candidate.refuse(context), candidate.avoid(context)
             yield Check(
                 section="Kernels",
                 name=f"{op.name}: {candidate.name}",
-                state="fair" if reason else "good",
-                detail=reason or f"can run on {device}",
+                state="fair" if refused else "good",
+                detail=refused or f"can run on {device}",
+                advice=f"only when asked for by name: it {avoided}" if avoided and not refused else "",
             )
 
 
