@@ -86,6 +86,7 @@ class Pair:
             "seconds": {
                 n: m.receipt.stages["total"] for n, m in (("exact", self.exact), ("fast", self.fast))
             },
+            "setup_seconds": {"exact": self.exact.setup, "fast": self.fast.setup},
             "metrics": [_finite(dataclasses.asdict(m)) for m in self.metrics],
             "attributes": [dataclasses.asdict(c) for c in self.checks],
             "attributes_unchecked": self.unchecked,

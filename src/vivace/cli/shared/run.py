@@ -57,11 +57,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Made:
-    """One clip, its receipt, and the seconds from putting the plan in force to the last frame."""
+    """One clip, its receipt (which times the generation), and the seconds it took to put the plan in force before."""
 
     frames: np.ndarray
     receipt: Receipt
-    seconds: float
+    setup: float
 
 
 def prepare(request: Request, *plans: Plan) -> Job:
@@ -159,11 +159,11 @@ def make(job: Job, pipeline: Any, plan: Plan, *, steps: int | None = None) -> Ma
     with Steps(plan.name, total) as watcher:
         start = time.perf_counter()
         with accelerate(pipeline, plan, model=job.model, on_step=watcher.on_step) as session:
+            setup = time.perf_counter() - start
             out = session(job.request.prompt, seed=job.request.seed, **call)
-        seconds = time.perf_counter() - start
     if out.frames is None:
         raise ModelError(f"{job.model.pipeline_class} gave no frames; Vivace makes videos only.")
-    return Made(out.frames, out.receipt, seconds)
+    return Made(out.frames, out.receipt, setup)
 
 
 def warm_up(job: Job, pipeline: Any) -> None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from vivace.cli.shared.pair import Pair
     from vivace.core.receipt import Receipt, TechniqueRecord
 
+NOTABLE = 0.1
+"""Seconds of setting up that are worth a line."""
 STAGES = {"text": "text", "denoise": "denoising", "vae": "decoding"}
 
 
@@ -83,6 +85,9 @@ def pair_facts(pair: Pair) -> Table:
     compute = f" [quiet]with {percent(share)} of the compute[/]" if share is not None else ""
     tone = "gain" if pair.speed_up > 1 else "loss"
     out.add_row("speed-up", f"[{tone}]{factor(pair.speed_up)}[/]{compute}")
+    if pair.fast.setup > NOTABLE:
+        once = f"{seconds(pair.fast.setup)} to put the plan in force, once and not counted above"
+        out.add_row("setup", f"[quiet]{once}[/]")
     for metric in pair.metrics:
         if metric.skipped is not None:
             out.add_row(metric.name.upper(), f"[quiet]skipped: {escape(metric.skipped)}[/]")
