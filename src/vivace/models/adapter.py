@@ -178,6 +178,11 @@ class Expert:
     attentions: list[AttentionSite] = field(default_factory=list)
     linears: list[LinearSite] = field(default_factory=list)
 
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The transformer's configuration."""
+        return self.module.config  # type: ignore[return-value]
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertDescription:

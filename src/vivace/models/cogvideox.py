@@ -14,7 +14,7 @@ import torch
 from vivace.core.context import COND
 from vivace.core.shapes import TokenGrid, Workload
 from vivace.models.adapter import Adapter, AttentionSite, BlockLayout, Guidance, ModelDescription
-from vivace.models.rotary import rotate_pairs
+from vivace.models.attention_parts import per_head, rotate_pairs
 
 
 class CogVideoXAdapter(Adapter):
@@ -101,10 +101,7 @@ class CogVideoXKernelProcessor:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         text = encoder_hidden_states.shape[1]
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        if attention_mask is not None:
-            rows, length = x.shape[:2]
-            attention_mask = attn.prepare_attention_mask(attention_mask, length, rows)
-            attention_mask = attention_mask.view(rows, attn.heads, -1, attention_mask.shape[-1])
+        mask = per_head(attn, attention_mask, x)
         if getattr(attn, "fused_projections", False):
             q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
         else:
@@ -115,5 +112,5 @@ class CogVideoXKernelProcessor:
         if image_rotary_emb is not None:
             cos, sin = (f[None, :, None].to(q.device) for f in image_rotary_emb)
             q, k = (torch.cat([y[:, :text], rotate_pairs(y[:, text:], cos, sin)], dim=1) for y in (q, k))
-        out = attn.to_out[1](attn.to_out[0](self.kernel(q, k, v, attention_mask).flatten(2, 3)))
+        out = attn.to_out[1](attn.to_out[0](self.kernel(q, k, v, mask).flatten(2, 3)))
         return out[:, text:], out[:, :text]

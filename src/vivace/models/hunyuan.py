@@ -15,7 +15,7 @@ import torch
 from vivace.core.context import COND
 from vivace.core.shapes import Workload
 from vivace.models.adapter import Adapter, AttentionSite, BlockLayout, Guidance, ModelDescription
-from vivace.models.rotary import rotate_pairs
+from vivace.models.attention_parts import rotate_pairs
 
 IMAGE_TOKENS = 576
 """Tokens of the picture in the multimodal text encoder of image-to-video: 24 x 24 patches."""

@@ -15,7 +15,7 @@ import torch
 from vivace.core.context import COND
 from vivace.core.shapes import TokenGrid, Workload
 from vivace.models.adapter import Adapter, AttentionSite, BlockLayout, Guidance, ModelDescription
-from vivace.models.rotary import rotate_pairs
+from vivace.models.attention_parts import per_head, rotate_pairs
 
 
 class LTXAdapter(Adapter):
@@ -111,13 +111,10 @@ class LTXKernelProcessor:
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        if attention_mask is not None:
-            rows, length = context.shape[:2]
-            attention_mask = attn.prepare_attention_mask(attention_mask, length, rows)
-            attention_mask = attention_mask.view(rows, attn.heads, -1, attention_mask.shape[-1])
+        mask = per_head(attn, attention_mask, context)
         q, k, v = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(context)), attn.to_v(context)
         if image_rotary_emb is not None:
             q, k = rotate_pairs(q, *image_rotary_emb), rotate_pairs(k, *image_rotary_emb)
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
-        out = self.kernel(q, k, v, attention_mask).flatten(2, 3).to(q.dtype)
+        out = self.kernel(q, k, v, mask).flatten(2, 3).to(q.dtype)
         return attn.to_out[1](attn.to_out[0](out))

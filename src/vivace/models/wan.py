@@ -92,7 +92,7 @@ class WanKernelProcessor:
         rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         image = None
-        if attn.add_k_proj is not None and encoder_hidden_states is not None:
+        if getattr(attn, "add_k_proj", None) is not None and encoder_hidden_states is not None:
             split = encoder_hidden_states.shape[1] - IMAGE_TEXT_LENGTH
             image, encoder_hidden_states = encoder_hidden_states[:, :split], encoder_hidden_states[:, split:]
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states

@@ -90,7 +90,8 @@ class AdapterCase:
     def other_shape(self) -> dict[str, Any]:
         """Another clip that the pixel rules allow: one step up in every direction, and no square."""
         pixels = self.model.pixels
-        expect(pixels is not None, "the adapter gives no pixel rules")
+        if pixels is None:
+            raise ContractViolation("the adapter gives no pixel rules")
         shape = {
             "num_frames": self.call["num_frames"] + pixels.temporal,
             "height": self.call["height"] + pixels.spatial,
@@ -233,7 +234,7 @@ def check_grids_agree(case: AdapterCase) -> None:
         for expert in case.experts:
             if (recording := recordings.get(expert.name)) is None:
                 continue  # two steps need not reach both experts
-            seen = case.adapter.grid_of_call(expert.module.config, recording.root.values)
+            seen = case.adapter.grid_of_call(expert.config, recording.root.values)
             expect(told == seen, f"the description says {told}, the live call has {seen}")
             for block in expert.blocks:
                 args, kwargs, _ = recording.calls[block.site]
@@ -252,7 +253,7 @@ def check_text_stands_where_told(case: AdapterCase) -> None:
     """In joint attention, text tokens are on the side of the queries that the grid says."""
     for expert in case.experts:
         recording = case.recordings[expert.name]
-        grid: TokenGrid = case.adapter.grid_of_call(expert.module.config, recording.root.values)
+        grid: TokenGrid = case.adapter.grid_of_call(expert.config, recording.root.values)
         for site in (s for s in expert.attentions if s.kind == "joint"):
             args, kwargs, _ = recording.calls[site.site]
             seen: list[torch.Tensor] = []

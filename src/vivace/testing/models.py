@@ -4,6 +4,9 @@ They are the subjects of the contract suite: real classes, real schedulers, no s
 scaled up a little where the library's initialisation would make every block a near-identity.
 """
 
+# The libraries annotate tuples of any length as tuples of one, and optional components as required ones.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import functools
