@@ -23,19 +23,31 @@ from vivace.plans.plan import Plan
 from vivace.plans.session import accelerate
 
 
-def build(name: str, device: str, dtype: torch.dtype) -> Any:
+def build(name: str, device: str, dtype: torch.dtype, layers: int | None) -> Any:
     """A pipeline of a published configuration with random weights and no text encoder."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
     known = KNOWN[name]
     torch.manual_seed(0)
     with torch.device(device):
-        transformer = WanTransformer3DModel(**known["transformer"]).to(dtype).eval()
-        vae = AutoencoderKLWan(**known.get("vae", {})).to(dtype).eval()
-    scheduler = UniPCMultistepScheduler(**known["scheduler"])
+        depth = {} if layers is None else {"num_layers": layers}
+        transformer = keep_fp32(WanTransformer3DModel(**{**known.transformer, **depth}), dtype).eval()
+        # The library's constructor wants lists where the published configuration has them.
+        vae_config = {k: list(v) if isinstance(v, tuple) else v for k, v in known.vae.items()}
+        vae = AutoencoderKLWan(**vae_config).to(dtype).eval()
+    scheduler = UniPCMultistepScheduler(**known.scheduler)
     pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=vae, scheduler=scheduler, transformer=transformer)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def keep_fp32(module: Any, dtype: torch.dtype) -> Any:
+    """Cast as `from_pretrained(dtype=...)` does: the modules that the class lists stay in fp32."""
+    kept = tuple(module._keep_in_fp32_modules)
+    for name, parameter in module.named_parameters():
+        if not any(part in kept for part in name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    return module
 
 
 def timed(run: Any, device: str) -> float:
@@ -62,11 +74,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="steps of a repeat in the overhead comparison")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--plan", action="append", help="plans to run once at their own number of steps")
+    parser.add_argument("--layers", type=int, help="another depth, for a trial on a small machine")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     dtype = torch.bfloat16
-    pipe = build(args.model, args.device, dtype)
+    pipe = build(args.model, args.device, dtype, args.layers)
     width = pipe.transformer.config.text_dim
     texts = [torch.randn(1, 512, width, device=args.device, dtype=dtype) for _ in range(2)]
     shape = {"num_frames": args.frames, "height": args.height, "width": args.width}
@@ -92,6 +105,7 @@ def main() -> None:
         "benchmark": "wan_shape",
         "model": args.model,
         "weights": "random",
+        "layers": pipe.transformer.config.num_layers,
         "shape": shape,
         "dtype": "bfloat16",
         "environment": environment(torch.device(args.device)),
