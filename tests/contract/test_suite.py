@@ -13,13 +13,13 @@ from vivace.testing import Case, Verdict, check_technique, technique_checks
 from vivace.testing.__main__ import main
 from vivace.testing.contract import ContractError, run_check, table
 
+SAMPLE = Case(EveryOther)
 CHECKS = {check.__name__: check for check in technique_checks()}
 
 
 @pytest.mark.parametrize("check", technique_checks(), ids=lambda c: c.__name__.removeprefix("check_"))
-@pytest.mark.parametrize("case", [Case(t) for t in HONEST], ids=lambda c: c.name)
-def test_honest_sample_keeps_the_contract(case: Case, check):
-    result = run_check(check, case)
+def test_honest_sample_keeps_the_contract(check):
+    result = run_check(check, SAMPLE)
     assert result.verdict in (Verdict.PASSED, Verdict.NOT_APPLICABLE), result.message
 
 

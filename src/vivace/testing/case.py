@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -65,17 +67,18 @@ class Case:
         self.world = World()
         self._given = (*given, *(examples or ()))
         self._alone: dict[Technique, Run] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="vivace-contract-")
 
     @property
     def name(self) -> str:
         """The technique's name, or its class's where the card has none."""
         return getattr(getattr(self.technique, "card", None), "name", "") or self.technique.__name__
 
-    @property
+    @cached_property
     def workdir(self) -> Path:
         """A folder for files the technique needs; it goes with the case."""
-        return Path(self._folder.name)
+        folder = tempfile.mkdtemp(prefix="vivace-contract-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return Path(folder)
 
     @cached_property
     def examples(self) -> tuple[Technique, ...]:

@@ -115,7 +115,10 @@ def check_blocks_compile_once(case: Case) -> None:
     eager = subject.run(case.main)
     dynamo.reset()
     try:
-        with subject.open(case.main, compile_backend=_counting_backend()) as session:
+        with (
+            dynamo.config.patch(recompile_limit=4),
+            subject.open(case.main, compile_backend=_counting_backend()) as session,
+        ):
             first, warm = subject.generate(session), _compilations()
             expect(warm > 0, "no block body is compiled")
             error = distance(first.latents, eager.latents)
