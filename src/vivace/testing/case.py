@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vivace.core.errors import ConfigError
+from vivace.core.errors import ConfigError, VivaceError
 from vivace.models.adapter import ModelDescription
 from vivace.plans.plan import Plan
 from vivace.techniques.base import Technique
@@ -128,7 +128,7 @@ class Case:
         return Subject(self.family, self.call).model
 
     def variants(self, *, inside: int = 0) -> dict[str, Technique]:
-        """Settings to sweep: examples, defaults, both ends of every knob, and `inside` points between the ends.
+        """Settings to sweep: examples, defaults, both ends of every knob, and `inside` points between real ones.
 
         Left out: settings at identity, combinations the technique itself refuses, and ones the plan refuses.
         """
@@ -152,6 +152,22 @@ class Case:
         """Whether a plan of these techniques may run on a model (the case's own by default)."""
         return not any(p.severity == "error" for p in Plan(techniques).problems(model or self.model))
 
+    def fitted(self, subject: Subject) -> Technique | None:
+        """The main example as it fits another model: one with a file gets a file made for that model, if it can.
+
+        None when the technique is refused there.
+        """
+        if self.legal(self.main, model=subject.model):
+            return self.main
+        if self._given:
+            return None
+        folder = Path(tempfile.mkdtemp(dir=self.workdir))
+        try:
+            made = self.technique.examples(folder, subject.pipeline)[0]
+        except VivaceError:
+            return None
+        return made if self.legal(made, model=subject.model) else None
+
     def identities(self) -> dict[str, Technique]:
         """One setting for every knob that has an identity value."""
         knobs = self.technique.knobs().items()
@@ -170,15 +186,10 @@ class Case:
 
 
 def _between(low: Any, high: Any, count: int) -> tuple[Any, ...]:
-    """Points between two numbers, denser near the lower one, where thresholds are interesting."""
-    numbers = (int, float)
-    if not count or not isinstance(low, numbers) or not isinstance(high, numbers):
+    """Points between two real numbers, denser near the lower one, where thresholds are interesting."""
+    if not isinstance(low, float) or not isinstance(high, float):
         return ()
-    shares = [2.0 ** -(count - i) for i in range(count)]
-    points = [low + (high - low) * s for s in shares]
-    if isinstance(low, int) and isinstance(high, int):
-        points = [round(p) for p in points]
-    return tuple(p for p in dict.fromkeys(points) if low < p < high)
+    return tuple(low + (high - low) * 2.0 ** (i - count) for i in range(count))
 
 
 Check = Callable[[Case], None]

@@ -12,7 +12,7 @@ from samples import card, reuse_stack
 from vivace.techniques.base import Card, Estimate, Target, Technique
 
 CAUGHT_BY = "check_generations_are_independent"
-SAYS = "another prompt in between"
+SAYS = "another prompt before it"
 
 
 @dataclass(frozen=True, kw_only=True)
