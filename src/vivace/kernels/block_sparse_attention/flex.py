@@ -51,22 +51,26 @@ class FlexAttention:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         check_call(self.tokens, self.head_groups, q, mask)
-        score_mod = None
-        if mask is not None:
-            if mask.dtype == torch.bool:
-                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
-            bias = mask[:, 0, 0].expand(q.shape[0], -1).index_select(1, self.order)
-
-            def score_mod(
-                score: torch.Tensor, b: torch.Tensor, h: torch.Tensor, qi: torch.Tensor, kv: torch.Tensor
-            ) -> torch.Tensor:
-                return score + bias[b, kv]
-
         # Inside somebody's compiled graph the plain function is what belongs there; it is compiled with the rest.
         run = flex_attention if torch.compiler.is_compiling() else self._compiled
         qb, kb, vb = (x.index_select(1, self.order).transpose(1, 2) for x in (q, k, v))
-        out = run(qb, kb, vb, score_mod=score_mod, block_mask=self.block_mask)
+        out = run(qb, kb, vb, score_mod=self._bias(q, mask), block_mask=self.block_mask)
         return out.transpose(1, 2).index_select(1, self.back)
+
+    def _bias(self, q: torch.Tensor, mask: torch.Tensor | None) -> Callable[..., torch.Tensor] | None:
+        """A key mask as what is added to every score."""
+        if mask is None:
+            return None
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+        bias = mask[:, 0, 0].expand(q.shape[0], -1).index_select(1, self.order)
+
+        def add(
+            score: torch.Tensor, b: torch.Tensor, h: torch.Tensor, qi: torch.Tensor, kv: torch.Tensor
+        ) -> torch.Tensor:
+            return score + bias[b, kv]
+
+        return add
 
     def pairs(self, batch: int, heads: int, queries: int, keys: int) -> float:
         """The map's pairs; what the padding of blocks adds is not work asked for and not counted."""

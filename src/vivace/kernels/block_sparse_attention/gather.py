@@ -1,8 +1,8 @@
 """Gathered keys and plain SDPA: no padding, no mask, any device; the fast path on a CPU.
 
-Every block of queries copies the keys and values it sees next to each other and attends to them densely. Blocks with
-equally many queries and keys share one SDPA call, so rows of unequal length cost nothing extra. Since single tokens
-are gathered, any permutation of the tokens is free: it is already in the indices.
+Blocks of queries that see the same keys are joined; each copies its keys and values next to each other and attends to
+them densely. Those with equally many queries and keys share one SDPA call, so rows of unequal length cost nothing
+extra. Since single tokens are gathered, any permutation of the tokens is free: it is already in the indices.
 """
 
 from __future__ import annotations
@@ -44,11 +44,13 @@ class GatherAttention:
         self.tokens, self.head_groups = block_map.tokens, len(block_map.keep)
         at_once = CACHED_KEYS if torch.device(device).type == "cpu" else sys.maxsize
         rows: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray]]] = {}
-        for group, block in np.argwhere(np.broadcast_to(block_map.counts > 0, block_map.keep.shape[:2])):
-            queries = _tokens(block_map.slots[block])
-            keys = _tokens(block_map.slots[block_map.keep[group, block]])
-            pair = (queries * self.head_groups + group, keys * self.head_groups + group)
-            rows.setdefault((queries.size, keys.size), []).append(pair)
+        for group, keep in enumerate(block_map.keep):
+            different, which = np.unique(keep, axis=0, return_inverse=True)
+            for row, seen in enumerate(different):
+                queries, keys = _tokens(block_map.slots[which.ravel() == row]), _tokens(block_map.slots[seen])
+                if queries.size:
+                    pair = (queries * self.head_groups + group, keys * self.head_groups + group)
+                    rows.setdefault((queries.size, keys.size), []).append(pair)
         self.groups = [
             Group(
                 torch.from_numpy(np.concatenate([q for q, _ in members])).to(device),

@@ -58,8 +58,8 @@ class BlockMap:
         blocks = len(self.slots)
         if self.keep.ndim != 3 or self.keep.shape[1:] != (blocks, blocks) or self.keep.dtype != np.bool_:
             raise ValueError(f"keep must be bool (1 or heads, {blocks}, {blocks}), not {self.keep.shape}.")
-        seen = self.keep & (self.counts > 0)
-        if not seen.any(-1)[:, self.counts > 0].all():
+        filled_blocks = np.flatnonzero(self.counts)
+        if not self.keep[:, filled_blocks][:, :, filled_blocks].any(axis=-1).all():
             raise ValueError("every block of queries must see at least one block of keys that is not empty.")
 
     @classmethod

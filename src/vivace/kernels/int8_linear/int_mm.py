@@ -30,6 +30,8 @@ def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class Int8Base(nn.Linear):
     """A linear layer with an int8 weight (N, K) and a float32 scale (N,) per output channel; inference only."""
 
+    scale: torch.Tensor
+
     def __init__(self, linear: nn.Linear, mode: str) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         codes, scale = quantise_rows(linear.weight.detach())

@@ -1,6 +1,7 @@
 """Linear layers with int8 weights: the operation and its implementations.
 
     W[o, i] ~ s_w[o] * Q[o, i]                             one scale per output channel, symmetric, Q in -127 .. 127
+                                                           (torchao: the range is cut in 255, Q in -128 .. 127)
     `dynamic`:      y = s_x s_w (Qx Q^T) + b                 Qx: x rounded to int8 with one scale per token
     `weight_only`:  y = x (s_w Q)^T + b                      activations stay as they are
 

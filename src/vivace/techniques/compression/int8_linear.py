@@ -95,13 +95,13 @@ class Int8Linear(Technique):
         sites = [site for expert in target.experts for site in self._sites(expert)]
         if not sites:
             return
-        sizes = [size for s in sites for size in (s.module.in_features, s.module.out_features)]
-        device = sites[0].module.weight.device.type
+        linears: list[Any] = [site.module for site in sites]
+        sizes = [size for linear in linears for size in (linear.in_features, linear.out_features)]
+        device = linears[0].weight.device.type
         choice = select(OP, self.backend, device=device, mode=self.mode, features=math.gcd(*sizes))
         target.chosen(choice)
         before = after = 0
-        for site in sites:
-            linear = site.module
+        for site, linear in zip(sites, linears, strict=True):
             before += linear.weight.nbytes
             after += self._convert(target, site, choice.run(linear, self.mode))
         for effect, amount in (("linears", len(sites)), ("bytes_before", before), ("bytes_after", after)):
@@ -111,7 +111,7 @@ class Int8Linear(Technique):
         """Put the quantised layer in force; returns the bytes of its weight and scales."""
         import torch
 
-        linear = site.module
+        linear: Any = site.module
         if type(new) is torch.nn.Linear:
             # The tensor itself knows how to multiply: the layer, and what others hung on it, can stay.
             target.edit.weight(linear, "weight", new.weight, keep=self.keep)
