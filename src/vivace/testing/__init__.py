@@ -6,7 +6,13 @@ Names load on first use, so that a test that needs only a tiny pipeline does not
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vivace.testing.adapter_checks import check_adapter
+    from vivace.testing.case import Case, ContractViolation, NotApplicable
+    from vivace.testing.contract import Report, Verdict, check_technique, technique_checks
+    from vivace.testing.kernel_checks import check_kernel
 
 _HOMES = {
     "Case": "vivace.testing.case",
@@ -14,6 +20,8 @@ _HOMES = {
     "NotApplicable": "vivace.testing.case",
     "Report": "vivace.testing.contract",
     "Verdict": "vivace.testing.contract",
+    "check_adapter": "vivace.testing.adapter_checks",
+    "check_kernel": "vivace.testing.kernel_checks",
     "check_technique": "vivace.testing.contract",
     "technique_checks": "vivace.testing.contract",
 }
@@ -24,6 +32,8 @@ __all__ = [
     "NotApplicable",
     "Report",
     "Verdict",
+    "check_adapter",
+    "check_kernel",
     "check_technique",
     "technique_checks",
 ]

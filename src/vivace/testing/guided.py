@@ -54,9 +54,9 @@ class GuidedLoop:
 
     def __init__(self, subject: Subject, *, fused: bool) -> None:
         self.fused = fused
-        self.transformer = subject.pipeline.transformer
+        self.transformer: Any = subject.pipeline.transformer
         if fused:
-            twin = FusedWanTransformer.from_config(self.transformer.config).eval()
+            twin: Any = FusedWanTransformer.from_config(self.transformer.config).eval()
             twin.load_state_dict(self.transformer.state_dict())
             self.transformer = twin
         self.scheduler = subject.pipeline.scheduler
@@ -68,16 +68,16 @@ class GuidedLoop:
         self._noise = torch.randn(shape, generator=generator)
         self._text = [torch.randn(words, generator=generator) for _ in range(2)]
 
-    def run(self, technique: Technique) -> Run:
-        """One generation in a session of its own."""
+    def run(self, technique: Technique, factor: float = 1.0) -> Run:
+        """One generation in a session of its own, from the noise times `factor`."""
         with accelerate(self, Plan([technique]), model=self.model) as session:
-            out = session()
+            out = session(latents=self._noise * factor)
             return Run(out.raw.frames, out.receipt)
 
     @torch.no_grad()
-    def __call__(self, num_inference_steps: int = 8) -> Any:
+    def __call__(self, latents: torch.Tensor, num_inference_steps: int = 8) -> Any:
         self.scheduler.set_timesteps(num_inference_steps)
-        latents, (cond, uncond) = self._noise, self._text
+        cond, uncond = self._text
         for t in self.scheduler.timesteps:
             time = t.expand(latents.shape[0])
             if self.fused:

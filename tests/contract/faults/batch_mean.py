@@ -12,7 +12,7 @@ from samples import card
 from vivace.techniques.base import Card, Estimate, Target, Technique, knob
 
 CAUGHT_BY = "check_batch_mates_do_not_matter"
-SAYS = "batch mate"
+SAYS = "its batch mate changes"
 
 
 @dataclass(frozen=True, kw_only=True)
