@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from cases import case_of
 
-from conftest import case_of
 from vivace.techniques.base import registry
 from vivace.testing import technique_checks
 from vivace.testing.contract import Verdict, run_check

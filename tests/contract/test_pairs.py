@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 import torch
+from cases import case_of
 
-from conftest import case_of
 from vivace.core.errors import PlanError
 from vivace.plans.plan import Plan
 from vivace.techniques.base import registry

@@ -56,9 +56,9 @@ class GuidedLoop:
         self.fused = fused
         self.transformer: Any = subject.pipeline.transformer
         if fused:
-            twin: Any = FusedWanTransformer.from_config(self.transformer.config).eval()
+            twin: Any = FusedWanTransformer.from_config(self.transformer.config)
             twin.load_state_dict(self.transformer.state_dict())
-            self.transformer = twin
+            self.transformer = twin.eval()
         self.scheduler = subject.pipeline.scheduler
         self.guidance_scale = SCALE
         self.components = {"transformer": self.transformer, "scheduler": self.scheduler}
