@@ -34,6 +34,7 @@ class Need(StrEnum):
     LINEAR_SITES = "linear sites"
     GUIDANCE = "classifier-free guidance"
     FLOW_SCHEDULER = "flow-matching scheduler"
+    WHOLE_CLIP_DECODE = "whole-clip decoding"
 
 
 class Guidance(StrEnum):
@@ -377,6 +378,13 @@ class Adapter:
         q, k, v are (B, S, H, D) as diffusers' dispatcher takes them; the kernel returns (B, S, H, D).
         """
         raise TypeError(f"the {self.family} adapter cannot change attention")
+
+    def whole_clip_decoder(self, vae: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """`decode(latents) -> video`, equal to the VAE's own decoding in chunks; None where there is no such pass.
+
+        `vae` is a live VAE, or its class name when only the configuration is known (then the result is not called).
+        """
+        return None
 
     def fused_now(self, pipeline: Any) -> bool:
         """Whether the running call batches the guidance pair."""

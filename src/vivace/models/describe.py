@@ -125,6 +125,8 @@ def describe_configs(
     offers = set()
     if adapter is not None:
         offers |= {Need.ORDERED_BLOCKS, Need.ATTENTION_SITES, Need.TOKEN_GRID, Need.LINEAR_SITES}
+        if adapter.whole_clip_decoder(classes.get("vae", "")) is not None:
+            offers.add(Need.WHOLE_CLIP_DECODE)
     if guidance is not Guidance.NONE:
         offers.add(Need.GUIDANCE)
     if scheduler.get("prediction_type") == "flow_prediction" or "FlowMatch" in classes.get("scheduler", ""):

@@ -70,6 +70,13 @@ class WanAdapter(Adapter):
             call["encoder_hidden_states_image"] = new(rows, IMAGE_TOKENS, config["image_dim"])
         return call
 
+    def whole_clip_decoder(self, vae: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        if (vae if isinstance(vae, str) else type(vae).__name__) != "AutoencoderKLWan":
+            return None
+        from vivace.tiny.whole_clip import decode_latents
+
+        return lambda latents: decode_latents(vae, latents)
+
     def processor(self, site: AttentionSite, kernel: Callable[..., Any]) -> Any:
         return WanKernelProcessor(kernel)
 

@@ -25,6 +25,7 @@ _NEED_HELP = {
     Need.LINEAR_SITES: "linear layers it can address",
     Need.GUIDANCE: "classifier-free guidance with two branches",
     Need.FLOW_SCHEDULER: "a flow-matching scheduler",
+    Need.WHOLE_CLIP_DECODE: "a VAE that Vivace can decode in one pass",
 }
 
 
@@ -36,19 +37,33 @@ class Plan:
         techniques: the techniques; none means the exact run.
         name: shown in receipts and reports.
         summary: one sentence for people.
+        optional: names of techniques that are left out, with a warning, on a model that lacks what they need.
     """
 
     techniques: tuple[Technique, ...] = ()
     name: str = "custom"
     summary: str = field(default="", compare=False)
+    optional: frozenset[str] = frozenset()
 
-    def __init__(self, techniques: Iterable[Technique] = (), name: str = "custom", summary: str = "") -> None:
+    def __init__(
+        self,
+        techniques: Iterable[Technique] = (),
+        name: str = "custom",
+        summary: str = "",
+        optional: Iterable[str] = (),
+    ) -> None:
         items = tuple(techniques)
         if wrong := [t for t in items if not isinstance(t, Technique)]:
             raise ConfigError(f"a plan holds techniques, not {type(wrong[0]).__name__}.")
         object.__setattr__(self, "techniques", items)
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "summary", summary)
+        object.__setattr__(self, "optional", frozenset(optional) & {t.card.name for t in items})
+
+    def fitted(self, model: ModelDescription) -> Plan:
+        """The plan without the optional techniques that the model cannot serve."""
+        kept = (t for t in self.techniques if t.card.name not in self.optional or not self._needs(t, model))
+        return Plan(kept, self.name, self.summary, self.optional)
 
     def ordered(self) -> tuple[Technique, ...]:
         """Techniques in the order of application; ones that stand at identity are left out."""
@@ -93,7 +108,8 @@ class Plan:
         items = []
         for technique in self.techniques:
             values = technique.to_dict()
-            items.append({"technique": values.pop("_type"), "version": values.pop("_version"), **values})
+            item = {"technique": values.pop("_type"), "version": values.pop("_version"), **values}
+            items.append(item | ({"optional": True} if technique.card.name in self.optional else {}))
         return {"vivace_plan": VERSION, "name": self.name, "summary": self.summary, "techniques": items}
 
     @classmethod
@@ -111,7 +127,7 @@ class Plan:
             raise ConfigError(
                 f"the plan has version {data['vivace_plan']}, this Vivace reads {VERSION}; update it."
             )
-        techniques = []
+        techniques, optional = [], set()
         for item in data["techniques"] or ():
             item = {"technique": item} if isinstance(item, str) else dict(item)
             if "technique" not in item:
@@ -120,15 +136,21 @@ class Plan:
                 )
             found = registry[item.pop("technique")]
             version = item.pop("version", found.version)
+            if item.pop("optional", False):
+                optional.add(found.card.name)
             techniques.append(found.from_dict(item | {"_version": version}))
-        return cls(techniques, data.get("name", default_name), data.get("summary", ""))
+        return cls(techniques, data.get("name", default_name), data.get("summary", ""), optional)
 
     # -- checks -----------------------------------------------------------------------------------------------
 
     def problems(self, model: ModelDescription) -> list[Problem]:
         """Everything that speaks against running this plan on this model: errors and warnings, none left out."""
-        items = self.ordered()
+        items = self.fitted(model).ordered()
         found: list[Problem] = []
+        for technique in self.ordered():
+            if technique not in items:
+                why = "; ".join(p.message for p in self._needs(technique, model))
+                found.append(technique.problem("left out", f"is left out: it {why}", "warning"))
         for name in sorted({t.card.name for t in items}):
             group = [t for t in items if t.card.name == name]
             if len(set(group)) < len(group) or not _disjoint(group, model):
@@ -166,12 +188,11 @@ class Plan:
                 if not model.family
                 else f"{model.name} does not offer that"
             )
-            out.append(technique.problem("need", f"needs {wants}, and {why}; leave it out."))
-        for package in technique.card.packages:
-            if importlib.util.find_spec(package) is None:
-                out.append(
-                    technique.problem("package", f"needs the package {package}: pip install {package}")
-                )
+            out.append(technique.problem("need", f"needs {wants}, and {why}."))
+        missing_packages = (p for p in technique.card.packages if importlib.util.find_spec(p) is None)
+        out += [
+            technique.problem("package", f"needs the package {p}: pip install {p}") for p in missing_packages
+        ]
         return out
 
     def steps(self, model: ModelDescription) -> int:
@@ -189,7 +210,8 @@ class Plan:
                 out.append(
                     technique.problem(
                         "pointless",
-                        f"{warmup} warm-up steps of {steps}: it can never act; lower warmup below {steps} or leave it out.",
+                        f"{warmup} warm-up steps of {steps}: it can never act; "
+                        f"lower warmup below {steps} or leave it out.",
                     )
                 )
         return out

@@ -83,6 +83,7 @@ class Session:
         if pipeline in _live:
             raise SessionError("this pipeline is in another session; close that one first.")
         self.warnings = [str(p) for p in self.plan.check(self.model)]
+        self.plan = self.plan.fitted(self.model)
         self.edit = Surgery()
         self.clock = Clock()
         self.store = StateStore(self.clock)
@@ -226,11 +227,11 @@ class Session:
 
     def _arguments(self, call: dict[str, Any], seed: int | Sequence[int]) -> dict[str, Any]:
         accepted = inspect.signature(type(self.pipeline).__call__).parameters
-        if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
-            if unknown := sorted(set(call) - set(accepted)):
-                raise ConfigError(
-                    f"{type(self.pipeline).__name__} takes no argument called {', '.join(unknown)}."
-                )
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+        if not open_ended and (unknown := sorted(set(call) - set(accepted))):
+            raise ConfigError(
+                f"{type(self.pipeline).__name__} takes no argument called {', '.join(unknown)}."
+            )
         defaults = {
             k: v for k, v in self.model.defaults.items() if k in accepted and k not in _SETTINGS_FOR_US
         }

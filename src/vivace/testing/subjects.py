@@ -73,6 +73,12 @@ class Subject:
         out = session(prompt, seed=seed, output_type="latent", **(self.call | call))
         return Run(_latents(out.raw), out.receipt)
 
+    def frames(self, *techniques: Technique) -> Run:
+        """One generation with its decoding: the float frames in the place of the latents."""
+        with self.open(*techniques) as session:
+            out = session(PROMPT, seed=7, output_type="pt", **self.call)
+        return Run(out.raw.frames.float(), out.receipt)
+
     def plain(self, prompt: Any = PROMPT, seed: int = 7, **call: Any) -> torch.Tensor:
         """Latents of the pipeline called directly, with no arguments of Vivace's."""
         own = {"generator": generators(seed, 1)[0], "output_type": "latent"}
