@@ -52,7 +52,9 @@ def prompt_of(scene: Scene) -> str:
     return caption(scene.attributes, scene.seed)
 
 
-def make(pipe: Any, plan: Plan, scenes: list[Scene], batch: int, guidance: float) -> tuple[torch.Tensor, list[Any]]:
+def make(
+    pipe: Any, plan: Plan, scenes: list[Scene], batch: int, guidance: float
+) -> tuple[torch.Tensor, list[Any]]:
     """Clips uint8 (N, T, H, W, 3) on the CPU, and the receipts of the batches."""
     clips, receipts = [], []
     prompts = [prompt_of(s) for s in scenes]
@@ -71,7 +73,9 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> list[float]:
     return [-10.0 * math.log10(e) if e > 0 else math.inf for e in error.tolist()]
 
 
-def score(check: Any, clips: torch.Tensor, scenes: list[Scene], device: torch.device) -> dict[str, list[float]]:
+def score(
+    check: Any, clips: torch.Tensor, scenes: list[Scene], device: torch.device
+) -> dict[str, list[float]]:
     """Outcomes of every attribute, 1 right and 0 wrong, over the prompts that say it."""
     outcomes: dict[str, list[float]] = {}
     for i in range(0, len(scenes), 50):
@@ -83,7 +87,9 @@ def score(check: Any, clips: torch.Tensor, scenes: list[Scene], device: torch.de
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--plan", action="append", required=True, help="the first is the reference for PSNR")
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--split", choices=SPLITS, default="held-out")
@@ -132,8 +138,9 @@ def main() -> None:
         }
         kept = record["plans"][text]
         print(
-            f"{text:60s} accuracy {kept['accuracy_mean']:.4f}  NFE {first.nfe}  FLOPs/clip {kept['flops_per_clip']:.3e} "
-            f" PSNR {kept['psnr_to_first_median'] or math.inf:.1f}  {seconds:.1f} s",
+            f"{text:60s} accuracy {kept['accuracy_mean']:.4f}  NFE {first.nfe}  "
+            f"FLOPs/clip {kept['flops_per_clip']:.3e}  "
+            f"PSNR {kept['psnr_to_first_median'] or math.inf:.1f}  {seconds:.1f} s",
             flush=True,
         )
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,9 @@ def build(name: str, device: str, dtype: torch.dtype, layers: int | None) -> Any
         vae_config = {k: list(v) if isinstance(v, tuple) else v for k, v in known.vae.items()}
         vae = AutoencoderKLWan(**vae_config).to(dtype).eval()
     scheduler = UniPCMultistepScheduler(**known.scheduler)
-    pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=vae, scheduler=scheduler, transformer=transformer)
+    pipe = WanPipeline(
+        tokenizer=None, text_encoder=None, vae=vae, scheduler=scheduler, transformer=transformer
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -66,7 +68,9 @@ def timed(run: Any, device: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="wan2.1-1.3b")
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--height", type=int, default=480)
@@ -127,9 +131,13 @@ def main() -> None:
             fast(output_type="np", **{k: v for k, v in call.items() if k != "output_type"})
             receipt = fast.receipt()
         keep = receipt.to_dict()
-        record["plans"][name] = keep | {"steps": keep["steps"][:2] + keep["steps"][-1:], "steps_made": len(keep["steps"])}
+        steps = keep["steps"]
+        record["plans"][name] = keep | {"steps": steps[:2] + steps[-1:], "steps_made": len(steps)}
         stages = ", ".join(f"{k} {v:.2f} s" for k, v in receipt.stages.items())
-        print(f"plan {name}: NFE {receipt.nfe}, compute {receipt.compute_share:.3f} of dense, {stages}", flush=True)
+        print(
+            f"plan {name}: NFE {receipt.nfe}, compute {receipt.compute_share:.3f} of dense, {stages}",
+            flush=True,
+        )
         args.out.write_text(json.dumps(record, indent=1))
     args.out.write_text(json.dumps(record, indent=1))
     print(json.dumps(record["overhead"], indent=1))

@@ -30,7 +30,14 @@ def test_round_trip_through_json():
 
 
 @pytest.mark.parametrize(
-    "values", [{"threshold": 1.5}, {"threshold": float("nan")}, {"threshold": "high"}, {"threshold": True}, {"mode": "c"}]
+    "values",
+    [
+        {"threshold": 1.5},
+        {"threshold": float("nan")},
+        {"threshold": "high"},
+        {"threshold": True},
+        {"mode": "c"},
+    ],
 )
 def test_out_of_range_is_one_sentence(values):
     with pytest.raises(ConfigError, match=r"^Sample: (threshold|mode) must be .*\.$"):
@@ -38,7 +45,7 @@ def test_out_of_range_is_one_sentence(values):
 
 
 def test_unknown_field_names_the_known_ones():
-    with pytest.raises(ConfigError, match="thresh.*it has threshold, mode, layers"):
+    with pytest.raises(ConfigError, match=r"thresh.*it has threshold, mode, layers"):
         Sample.from_dict({"thresh": 1})
 
 

@@ -35,7 +35,8 @@ def test_only_the_ledger_edits_other_objects(path):
     if path.parts[-2:] == ("core", "surgery.py"):
         return
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    modules = {a.asname or a.name.partition(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    imports = [a for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+    modules = {a.asname or a.name.partition(".")[0] for a in imports}
     for node in ast.walk(tree):
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         for target in targets:
@@ -44,7 +45,9 @@ def test_only_the_ledger_edits_other_objects(path):
             where = f"{path.name}:{target.lineno}"
             assert target.attr not in ("forward", "__class__", "processor"), f"{where} assigns .{target.attr}"
             owner = target.value
-            assert not (isinstance(owner, ast.Attribute) and owner.attr == "__class__"), f"{where} edits a class"
+            assert not (isinstance(owner, ast.Attribute) and owner.attr == "__class__"), (
+                f"{where} edits a class"
+            )
             assert not (isinstance(owner, ast.Name) and owner.id in modules), f"{where} edits a module"
 
 

@@ -10,7 +10,18 @@ import pytest
 from vivace.core.errors import ConfigError, PlanError, UnknownNameError
 from vivace.models.describe import describe_pipeline
 from vivace.plans.plan import Plan, preset_names
-from vivace.techniques.base import Card, Cite, Need, Paradigm, Stage, Technique, exclusive, knob, registry, shared
+from vivace.techniques.base import (
+    Card,
+    Cite,
+    Need,
+    Paradigm,
+    Stage,
+    Technique,
+    exclusive,
+    knob,
+    registry,
+    shared,
+)
 from vivace.testing.models import pipeline
 
 
@@ -47,7 +58,9 @@ class Late(Technique):
 
 @dataclass(frozen=True, kw_only=True)
 class Rival(Technique):
-    card: ClassVar[Card] = sample("rival", Stage.CACHE, unsound_with={"mild": "measured: it doubles the noise."})
+    card: ClassVar[Card] = sample(
+        "rival", Stage.CACHE, unsound_with={"mild": "measured: it doubles the noise."}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -199,7 +199,9 @@ def test_bad_arguments_are_refused_before_anything_runs(wan):
 
 def test_steps_listener_sees_every_step(wan):
     seen = []
-    with accelerate(wan, "exact", on_step=lambda clock, record: seen.append((record.index, clock.num_steps))) as fast:
+    with accelerate(
+        wan, "exact", on_step=lambda clock, record: seen.append((record.index, clock.num_steps))
+    ) as fast:
         fast("a", **CALL)
     assert seen == [(i, 8) for i in range(8)]
 
@@ -241,3 +243,12 @@ def test_wrapping_helper_is_transparent_outside_a_generation(wan):
         want = run()
         with accelerate(wan, Plan([Scale(factor=2.0)])):
             assert torch.equal(run(), want)
+
+
+def test_density_is_of_the_blocks_that_ran(wan):
+    from vivace.techniques.trajectory.guidance_interval import GuidanceInterval
+
+    with accelerate(wan, Plan([GuidanceInterval(high=0.5)])) as fast:
+        r = fast("a red sphere", seed=3, **CALL).receipt
+    assert r.attention_pairs < r.attention_pairs_dense
+    assert r.density == 1.0, "skipping an evaluation makes no attention sparse"

@@ -77,6 +77,7 @@ def receipt(*, fast: bool) -> dict[str, Any]:
         "blocks_total": total,
         "attention_pairs": run * 4 * 2048**2,
         "attention_pairs_dense": total * 4 * 2048**2,
+        "attention_pairs_in_run_blocks": run * 4 * 2048**2,
         "flops": run * 1.03e10,
         "flops_dense": total * 1.03e10,
         "cache_hits": hits,

@@ -32,7 +32,8 @@ class StepRecord:
 
     index: int
     timestep: float
-    sigma: float
+    sigma: float | None
+    """Its noise level; None for a scheduler without `sigmas`."""
     seconds: float | None = None
     branches: list[BranchRecord] = field(default_factory=list)
 
@@ -69,6 +70,8 @@ class Receipt:
     blocks_total: int = 0
     attention_pairs: float = 0.0
     attention_pairs_dense: float = 0.0
+    attention_pairs_in_run_blocks: float = 0.0
+    """Query-key pairs that dense attention would visit in the blocks that really ran."""
     flops: float = 0.0
     flops_dense: float = 0.0
     cache_hits: int = 0
@@ -132,5 +135,6 @@ class Receipt:
 
     @property
     def density(self) -> float:
-        """Executed share of the attention pairs of the blocks that ran or would have run."""
-        return self.attention_pairs / self.attention_pairs_dense if self.attention_pairs_dense else 1.0
+        """Visited share of the attention pairs of the blocks that ran, 1.0 for dense attention."""
+        dense = self.attention_pairs_in_run_blocks
+        return self.attention_pairs / dense if dense else 1.0

@@ -11,7 +11,7 @@ import inspect
 import pkgutil
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from vivace.core.errors import UnknownNameError
 
@@ -35,8 +35,9 @@ class Registry(Generic[T]):
                 continue
             loaded = importlib.import_module(info.name)
             for _, cls in inspect.getmembers(loaded, inspect.isclass):
-                if cls is not base and issubclass(cls, base) and cls.__module__ == loaded.__name__ and _is_concrete(cls):
-                    self._insert(found, cls)
+                own = cls.__module__ == loaded.__name__ and cls is not base
+                if own and issubclass(cls, base) and _is_concrete(cls):
+                    self._insert(found, cast(type[T], cls))
         for point in importlib.metadata.entry_points(group=self._entry_points):
             self._insert(found, point.load())
         return dict(sorted(found.items()))

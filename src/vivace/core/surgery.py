@@ -15,7 +15,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 _ABSENT: Any = object()
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -149,18 +149,20 @@ class Surgery:
         original = getattr(module, name)
         if keep not in ("device", "host", "reload") or (keep == "reload") != (reload is not None):
             raise ValueError("keep must be 'device', 'host', or 'reload' together with a reload function")
-        on_undo = None
+        put_back: Callable[[], None] | None = None
         if keep != "device":
             device, shape = original.device, original.shape
-            host = original.data.to("cpu", copy=True) if keep == "host" else None
+            host = original.data.to("cpu", copy=True) if reload is None else None
 
-            def on_undo() -> None:
-                data = host if host is not None else reload()  # type: ignore[misc]
-                original.data = data.to(device).view(shape)
+            def restore() -> None:
+                data = reload() if reload is not None else host
+                original.data = cast(torch.Tensor, data).to(device).view(shape)
+
+            put_back = restore
 
         if not isinstance(value, torch.nn.Parameter):
             value = torch.nn.Parameter(value, requires_grad=False)
-        self.set(module, name, value, on_undo=on_undo)
+        self.set(module, name, value, on_undo=put_back)
         if keep != "device":
             original.data = original.data.new_empty(0)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 
@@ -75,7 +75,7 @@ class WanAdapter(Adapter):
             return None
         from vivace.tiny.whole_clip import decode_latents
 
-        return lambda latents: decode_latents(vae, latents)
+        return lambda latents: decode_latents(cast(Any, vae), latents)
 
     def processor(self, site: AttentionSite, kernel: Callable[..., Any]) -> Any:
         return WanKernelProcessor(kernel)

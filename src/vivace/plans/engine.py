@@ -181,7 +181,7 @@ class Engine:
                 blocks_total=len(expert.blocks),
                 rows=call.rows,
                 key=call.key,
-                grid=self.adapter.grid_of_call(expert.module.config, call.values) if self.adapter else None,
+                grid=self.adapter.grid_of_call(expert.config, call.values) if self.adapter else None,
             )
             clock.branch, clock.expert, clock.evaluation = branch, expert.name, evaluation
             trace.samples = max(trace.samples, call.rows // weight)

@@ -87,7 +87,7 @@ def _stage(receipt: Mapping[str, Any], key: str) -> float | None:
 
 
 def _density(receipt: Mapping[str, Any]) -> float | None:
-    return quotient(receipt.get("attention_pairs"), receipt.get("attention_pairs_dense"))
+    return quotient(receipt.get("attention_pairs"), receipt.get("attention_pairs_in_run_blocks"))
 
 
 def _key(exact: Mapping[str, Any], fast: Mapping[str, Any], key: str) -> tuple[Any, Any]:

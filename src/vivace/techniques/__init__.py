@@ -1,1 +1,3 @@
-"""Techniques, one file each, in the survey's four families (distillation, attention, compression, caching) plus trajectory."""
+"""Techniques, one file each, in the four families of the survey (distillation, attention, compression, caching) and
+trajectory.
+"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
@@ -51,10 +52,10 @@ def build_pipeline(
         transformer = build_transformer(config).eval()
         vae = build_vae(config).eval()
     pipeline = WanPipeline(
-        tokenizer=tokenizer,
+        tokenizer=cast(Any, tokenizer),  # the class declares `AutoTokenizer`, which is never instantiated,
         text_encoder=text_encoder,
         vae=vae,
-        scheduler=build_scheduler(config),
+        scheduler=cast(Any, build_scheduler(config)),  # and one scheduler of the many it takes
         transformer=transformer,
     )
     pipeline.set_progress_bar_config(disable=True)

@@ -11,15 +11,16 @@ So the whole clip costs one pass over the modules (about five times fewer kernel
 shapes and can be compiled. The functions walk the modules and change nothing in them.
 
 `conv="fused"` runs norm and activation of each layer as one compiled kernel: on a GPU these, not the convolutions, take
-most of the time of a VAE of few channels. `conv="stack"` computes each causal 3-D convolution as one 2-D convolution over three time-shifted copies stacked along
-the channels: the same sum in another order. On GPUs 2-D kernels for 16-64 channels are far better tuned than 3-D ones.
+most of the time of a VAE of few channels. `conv="stack"` computes each causal 3-D convolution as one 2-D convolution
+over three time-shifted copies stacked along the channels: the same sum in another order. On GPUs 2-D kernels for 16-64
+channels are far better tuned than 3-D ones.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
     AutoencoderKLWan,
     WanAttentionBlock,
     WanCausalConv3d,
+    WanMidBlock,
     WanResample,
     WanResidualBlock,
     WanResidualDownBlock,
@@ -43,6 +45,11 @@ from vivace.core.errors import ShapeError
 Conv = Literal["direct", "fused", "stack"]
 
 
+def config_of(vae: AutoencoderKLWan) -> Any:
+    """Its configuration, whose entries are attributes too: diffusers declares a plain dictionary."""
+    return vae.config
+
+
 def encode_moments(vae: AutoencoderKLWan, video: Tensor, conv: Conv = "direct") -> Tensor:
     """Mean and log-variance of the posterior, channels (2 z), of a whole clip.
 
@@ -51,8 +58,8 @@ def encode_moments(vae: AutoencoderKLWan, video: Tensor, conv: Conv = "direct") 
     """
     if (video.shape[2] - 1) % 4:
         raise ShapeError(f"a clip of {video.shape[2]} frames cannot be encoded; use 4 n + 1 frames, e.g. 29.")
-    if vae.config.patch_size is not None:
-        video = patchify(video, vae.config.patch_size)
+    if (patch := config_of(vae).patch_size) is not None:
+        video = patchify(video, patch)
     net = vae.encoder
     x = causal_conv(net.conv_in, video, conv)
     for block in net.down_blocks:
@@ -72,8 +79,8 @@ def decode_latents(
     for block in net.up_blocks:
         x = _up(block, x, conv)
     x = causal_conv(net.conv_out, _activate(net.norm_out, x, conv), conv)
-    if vae.config.patch_size is not None:
-        x = unpatchify(x, vae.config.patch_size)
+    if (patch := config_of(vae).patch_size) is not None:
+        x = unpatchify(x, patch)
     return x.clamp(-1.0, 1.0) if clamp else x
 
 
@@ -89,7 +96,7 @@ def causal_conv(layer: WanCausalConv3d, x: Tensor, conv: Conv = "direct") -> Ten
     return _per_frame(stacked, lambda y: F.conv2d(y, weight, layer.bias, padding=layer.kernel_size[1] // 2))
 
 
-def _per_frame(x: Tensor, function) -> Tensor:
+def _per_frame(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """`function` over the frames as a batch of images; both reshapes are views for channels-last clips."""
     batch, _, time = x.shape[:3]
     y = function(x.transpose(1, 2).flatten(0, 1))
@@ -97,7 +104,9 @@ def _per_frame(x: Tensor, function) -> Tensor:
 
 
 def _activate(norm: WanRMS_norm, x: Tensor, conv: Conv) -> Tensor:
-    return _compiled_activation()(x, norm.gamma, norm.scale, norm.bias) if conv == "fused" else F.silu(norm(x))
+    return (
+        _compiled_activation()(x, norm.gamma, norm.scale, norm.bias) if conv == "fused" else F.silu(norm(x))
+    )
 
 
 @functools.cache
@@ -112,17 +121,23 @@ def _norm_silu(x: Tensor, gamma: Tensor, scale: float, bias: Tensor | float) -> 
 
 
 def _residual(block: WanResidualBlock, x: Tensor, conv: Conv) -> Tensor:
-    shortcut = (
-        x if isinstance(block.conv_shortcut, nn.Identity) else causal_conv(block.conv_shortcut, x, conv)
-    )
+    skip = block.conv_shortcut
+    shortcut = x if isinstance(skip, nn.Identity) else causal_conv(skip, x, conv)
     y = causal_conv(block.conv1, _activate(block.norm1, x, conv), conv)
     y = causal_conv(block.conv2, block.dropout(_activate(block.norm2, y, conv)), conv)
     return y + shortcut
 
 
-def _middle(block, x: Tensor, conv: Conv) -> Tensor:
-    x = _residual(block.resnets[0], x, conv)
-    for attention, residual in zip(block.attentions, block.resnets[1:], strict=True):
+def _residuals(
+    block: WanMidBlock | WanResidualDownBlock | WanUpBlock | WanResidualUpBlock,
+) -> list[WanResidualBlock]:
+    return cast(list[WanResidualBlock], list(block.resnets))
+
+
+def _middle(block: WanMidBlock, x: Tensor, conv: Conv) -> Tensor:
+    first, *rest = _residuals(block)
+    x = _residual(first, x, conv)
+    for attention, residual in zip(block.attentions, rest, strict=True):
         x = _residual(residual, x if attention is None else attention(x), conv)
     return x
 
@@ -136,7 +151,7 @@ def _down(block: nn.Module, x: Tensor, conv: Conv) -> Tensor:
         return _resample(block, x, conv)
     assert isinstance(block, WanResidualDownBlock)
     shortcut = block.avg_shortcut(x)  # pads a zero frame before the first, as the first chunk does
-    for residual in block.resnets:
+    for residual in _residuals(block):
         x = _residual(residual, x, conv)
     return (x if block.downsampler is None else _resample(block.downsampler, x, conv)) + shortcut
 
@@ -144,10 +159,10 @@ def _down(block: nn.Module, x: Tensor, conv: Conv) -> Tensor:
 def _up(block: nn.Module, x: Tensor, conv: Conv) -> Tensor:
     assert isinstance(block, WanUpBlock | WanResidualUpBlock)
     entry = x
-    for residual in block.resnets:
+    for residual in _residuals(block):
         x = _residual(residual, x, conv)
     if isinstance(block, WanUpBlock):
-        return x if block.upsamplers is None else _resample(block.upsamplers[0], x, conv)
+        return x if block.upsamplers is None else _resample(cast(WanResample, block.upsamplers[0]), x, conv)
     if block.upsampler is not None:
         x = _resample(block.upsampler, x, conv)
     return x if block.avg_shortcut is None else x + block.avg_shortcut(entry, first_chunk=True)
@@ -157,7 +172,7 @@ def _resample(block: WanResample, x: Tensor, conv: Conv) -> Tensor:
     if block.mode == "upsample3d" and x.shape[2] > 1:
         x = torch.cat([x[:, :, :1], _double_frames(causal_conv(block.time_conv, x[:, :, 1:], conv))], dim=2)
     if block.mode.startswith("upsample"):
-        convolve = block.resample[1]
+        convolve = cast(nn.Sequential, block.resample)[1]
         # nearest-exact by two is plain repetition, exact in any dtype, so no detour over fp32
         x = _per_frame(x, lambda y: convolve(F.interpolate(y, scale_factor=2.0, mode="nearest-exact")))
     else:

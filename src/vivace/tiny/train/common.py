@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from vivace.core.errors import WeightsError
 
@@ -65,10 +66,10 @@ class Processes:
         if self.world == 1:
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch._utils._flatten_dense_tensors(gradients)
+        flat = _flatten_dense_tensors(gradients)
         dist.all_reduce(flat)
         flat.div_(self.world)
-        torch._foreach_copy_(gradients, list(torch._utils._unflatten_dense_tensors(flat, gradients)))
+        torch._foreach_copy_(gradients, list(_unflatten_dense_tensors(flat, gradients)))
 
     def agree(self, value: float) -> float:
         """The leader's value, in every process."""
@@ -126,7 +127,7 @@ class AveragedWeights:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
-        self.parameters = list(module.parameters())
+        self.parameters: list[Tensor] = list(module.parameters())
         self.values = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()

@@ -11,10 +11,11 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import WanPipeline
+from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from torch import Tensor
 
 from vivace.tiny.defaults import TEXT_LENGTH
@@ -49,7 +50,7 @@ def sample_clips(
     clips = []
     for start in range(0, len(prompts), batch):
         chosen = seeds[start : start + batch]
-        output = pipeline(
+        made = pipeline(
             prompt=prompts[start : start + batch],
             generator=[torch.Generator().manual_seed(seed) for seed in chosen],
             num_frames=shape.frames,
@@ -59,8 +60,9 @@ def sample_clips(
             guidance_scale=guidance,
             max_sequence_length=TEXT_LENGTH,
             output_type="pt",
-        ).frames
-        clips.append((output.float() * 255.0).round().to(torch.uint8).permute(0, 1, 3, 4, 2).cpu())
+        )
+        frames = cast(WanPipelineOutput, made).frames
+        clips.append((frames.float() * 255.0).round().to(torch.uint8).permute(0, 1, 3, 4, 2).cpu())
     return torch.cat(clips)
 
 

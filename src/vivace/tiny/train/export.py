@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
@@ -65,16 +66,19 @@ def unpack(folder: Path, config: TinyConfig | None = None, words: Iterable[str] 
     return pipeline
 
 
+def _empty(kind: Any, folder: Path) -> Any:
+    """A module of the configuration in `folder`, with random weights."""
+    return kind.from_config(kind.load_config(folder))
+
+
 def read_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> WanPipeline:
     """A diffusers folder as `from_pretrained(dtype=)` gives it, on machines without `accelerate` too.
 
     `from_pretrained` of the transformer needs that package, because parts of it stay in fp32 in every dtype.
     """
     parts = {
-        "transformer": WanTransformer3DModel.from_config(
-            WanTransformer3DModel.load_config(folder / "transformer")
-        ),
-        "vae": AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder / "vae")),
+        "transformer": _empty(WanTransformer3DModel, folder / "transformer"),
+        "vae": _empty(AutoencoderKLWan, folder / "vae"),
         "text_encoder": UMT5EncoderModel(UMT5Config.from_pretrained(folder / "text_encoder")),
     }
     for part, module in parts.items():
@@ -92,7 +96,7 @@ def read_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> WanPipeli
         module.eval()
     pipeline = WanPipeline(
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
-        scheduler=UniPCMultistepScheduler.from_pretrained(folder / "scheduler"),
+        scheduler=cast(Any, UniPCMultistepScheduler.from_pretrained(folder / "scheduler")),
         **parts,
     )
     pipeline.set_progress_bar_config(disable=True)

@@ -37,6 +37,8 @@ def fold_latents(
     inverse = axes / gain
 
     quant, post = vae.quant_conv, vae.post_quant_conv
+    assert quant.bias is not None
+    assert post.bias is not None
     weight, bias = quant.weight.double().flatten(1), quant.bias.double()
     quant.weight[:channels] = (forward @ weight[:channels]).view(channels, -1, 1, 1, 1).to(quant.weight)
     quant.bias[:channels] = (forward @ (bias[:channels] - mean)).to(quant.bias)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from vivace.tiny.defaults import TEXT_LENGTH
 from vivace.tiny.train.clips import ClipShape, to_model
 from vivace.tiny.train.common import Processes
-from vivace.tiny.whole_clip import encode_moments
+from vivace.tiny.whole_clip import config_of, encode_moments
 from vivace.world import caption, sample_scenes
 from vivace.world.splits import train_seeds
 
@@ -70,10 +70,11 @@ def pool_mask(mask: Tensor, spatial: int) -> Tensor:
 
 def normalise(vae: AutoencoderKLWan, moments: Tensor) -> Tensor:
     """Posterior means in the scale the transformer works in."""
-    mean = moments[:, : vae.config.z_dim]
+    config = config_of(vae)
+    mean = moments[:, : config.z_dim]
     shape = (1, -1, 1, 1, 1)
-    centre = torch.tensor(vae.config.latents_mean, device=mean.device).view(shape)
-    spread = torch.tensor(vae.config.latents_std, device=mean.device).view(shape)
+    centre = torch.tensor(config.latents_mean, device=mean.device).view(shape)
+    spread = torch.tensor(config.latents_std, device=mean.device).view(shape)
     return (mean.float() - centre) / spread
 
 
@@ -107,7 +108,7 @@ def encode_clips(
         scenes = sample_scenes(train_seeds(start, portion, stream))
         video, mask = shape.draw(scenes, processes.device)
         latents.append(encode(video))
-        masks.append(pool_mask(mask, vae.config.scale_factor_spatial))
+        masks.append(pool_mask(mask, config_of(vae).scale_factor_spatial))
         texts = [caption(s.attributes, captions * s.seed + k) for s in scenes for k in range(captions)]
         ids.append(tokenize(tokenizer, texts).to(torch.int16).view(portion, captions, -1))
         if processes.agree(time.perf_counter() - started) > seconds:

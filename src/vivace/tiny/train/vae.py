@@ -10,10 +10,11 @@ import argparse
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKLWan
+from torch import nn
 
 from vivace.tiny.build import TinyConfig, build_vae
 from vivace.tiny.train.clips import ClipBank, ClipShape, to_model
@@ -35,7 +36,7 @@ from vivace.tiny.train.seeds import held_out, training_stream
 from vivace.tiny.train.sheets import contact_sheet
 from vivace.tiny.train.vae_loss import VaeLoss
 from vivace.tiny.train.vae_quality import measure_vae, reconstruct
-from vivace.tiny.whole_clip import Conv, encode_moments
+from vivace.tiny.whole_clip import Conv, config_of, encode_moments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +81,12 @@ class VaeTrainer:
     ) -> None:
         self.processes, self.bank = processes, bank
         torch.manual_seed(seed)
-        self.vae = build_vae(config or TinyConfig()).to(processes.device)
-        with (
-            torch.no_grad()
-        ):  # start almost without posterior noise: a latent drowned in noise teaches nothing
-            self.vae.quant_conv.bias[self.vae.config.z_dim :].fill_(-5.0)
+        self.vae = build_vae(config or TinyConfig())
+        cast(nn.Module, self.vae).to(processes.device)
+        bias = self.vae.quant_conv.bias
+        assert bias is not None
+        # Start almost without posterior noise: a latent drowned in noise teaches nothing.
+        bias.data[config_of(self.vae).z_dim :].fill_(-5.0)
         processes.same_weights(self.vae)
         torch.manual_seed(seed + 1 + processes.rank)
         self.optimizer = SplitOptimizer(*split_parameters(self.vae), muon_lr=muon_lr, adam_lr=adam_lr)
@@ -100,8 +102,9 @@ class VaeTrainer:
         """One update; returns (squared error, that on objects, KL per element), on the device."""
         device, vae = self.processes.device, self.vae
         video, mask = self.bank.crops(stage.batch, stage.frames, stage.side)
-        side = stage.side // vae.config.scale_factor_spatial
-        extent = (stage.batch, vae.config.z_dim, (stage.frames - 1) // 4 + 1, side, side)
+        config = config_of(vae)
+        side = stage.side // config.scale_factor_spatial
+        extent = (stage.batch, config.z_dim, (stage.frames - 1) // 4 + 1, side, side)
         noise = torch.randn(extent, device=device)
         warm = torch.tensor(min(1.0, progress / 0.1), device=device)
         loss, statistics = self.objective(video, mask, noise, warm)
@@ -145,7 +148,12 @@ def choose_conv(trainer: VaeTrainer, stage: Stage, tries: int = 12) -> str:
 
 
 def fit(
-    trainer: VaeTrainer, stages: list[Stage], budget: Budget, checkpoint: Path, save_every: float, choose: bool = False
+    trainer: VaeTrainer,
+    stages: list[Stage],
+    budget: Budget,
+    checkpoint: Path,
+    save_every: float,
+    choose: bool = False,
 ) -> dict:
     """Train until the budget is spent; returns curves and counts for the record."""
     processes, bank = trainer.processes, trainer.bank
@@ -250,7 +258,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=float, default=90.0, help="seconds between checkpoints")
-    parser.add_argument("--whole", action="store_true", help="compile the whole objective (minutes of compilation)")
+    parser.add_argument(
+        "--whole", action="store_true", help="compile the whole objective (minutes of compilation)"
+    )
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -270,7 +280,10 @@ def main(arguments: argparse.Namespace) -> None:
         compile=arguments.whole,
     )
     budget = Budget(arguments.minutes, arguments.steps)
-    checkpoint, choose = arguments.out / "vae.ckpt", arguments.conv == "auto" and processes.device.type == "cuda"
+    checkpoint, choose = (
+        arguments.out / "vae.ckpt",
+        arguments.conv == "auto" and processes.device.type == "cuda",
+    )
     fitted = fit(trainer, stages, budget, checkpoint, arguments.save_every, choose)
     if not processes.leads:
         return

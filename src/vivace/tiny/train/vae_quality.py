@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor
 
 from vivace.tiny.train.clips import ClipShape, to_frames, to_model
@@ -19,8 +21,9 @@ def decibel(error: Tensor) -> Tensor:
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
     """uint8 (B, T, H, W, 3) -> the same after encoding (posterior mean) and decoding by the class's own methods."""
-    latents = vae.encode(to_model(video).to(vae.dtype)).latent_dist.mode()
-    return to_frames(vae.decode(latents).sample)
+    encoded = cast(AutoencoderKLOutput, vae.encode(to_model(video).to(vae.dtype)))
+    decoded = cast(DecoderOutput, vae.decode(encoded.latent_dist.mode()))
+    return to_frames(decoded.sample)
 
 
 @torch.no_grad()
