@@ -269,6 +269,7 @@ class Session:
             blocks_total=trace.blocks_total,
             attention_pairs=meter.total.pairs,
             attention_pairs_dense=dense.pairs_dense,
+            attention_pairs_in_run_blocks=meter.total.pairs_dense,
             flops=meter.total.flops,
             flops_dense=dense.flops_dense,
             cache_hits=int(sum(r.effects.get("hits", 0) for r in techniques)),

@@ -1,0 +1,44 @@
+"""One plan file, every family: the presets run on all tiny pipelines, and the receipts add up."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from vivace.models.describe import describe_pipeline
+from vivace.plans.plan import Plan, preset_names
+from vivace.plans.session import accelerate
+from vivace.testing.models import BUILDERS, call, pipeline
+
+
+@pytest.mark.parametrize("family", sorted(BUILDERS))
+@pytest.mark.parametrize("preset", ["near-exact", "fast"])
+def test_preset_runs_with_a_correct_receipt(preset, family):
+    pipe, plan = pipeline(family), Plan.load(preset)
+    settings = {t.card.name: t for t in plan.techniques}
+    steps, interval = settings["few_steps"].steps, settings["guidance_interval"]
+    arguments = {k: v for k, v in call(family).items() if k != "num_inference_steps"}
+    with accelerate(pipe, plan) as fast:
+        out = fast("a red sphere", seed=1, **arguments)
+    r = out.receipt
+    guided = math.ceil(interval.high * steps - 1e-9)
+    assert len(r.steps) == steps
+    assert r.nfe_requested == 2 * steps
+    assert r.nfe == steps + guided
+    assert r.blocks_run <= r.nfe * r.blocks_total / r.nfe_requested
+    assert 0 < r.flops < r.flops_dense
+    assert sum(b.blocks_run for s in r.steps for b in s.branches) == pytest.approx(r.blocks_run)
+    skipped = [b for s in r.steps for b in s.branches if b.action == "skipped"]
+    fused = r.steps[0].branches[0].branch == "fused"
+    assert len(skipped) == (0 if fused else steps - guided)
+    assert r.completed
+    decoder = [t for t in r.techniques if t.name == "whole_clip_decode"]
+    assert bool(decoder) == family.startswith("wan")
+    assert any("left out" in w for w in r.warnings) != bool(decoder)
+
+
+@pytest.mark.parametrize("preset", sorted(set(preset_names()) - {"exact"}))
+def test_presets_have_no_error_on_any_family(preset):
+    for family in sorted(BUILDERS):
+        Plan.load(preset).check(describe_pipeline(pipeline(family)))
