@@ -1,6 +1,7 @@
 """Wall time of plans on the embedded model on this machine's CPU, interleaved in one process.
 
-    python benchmarks/cpu_wall.py --plan exact --plan near-exact --plan fast --repeats 2 --out benchmarks/results/cpu-wall.json
+    python benchmarks/cpu_wall.py --plan exact --plan near-exact --plan fast --repeats 2 \\
+        --out benchmarks/results/cpu-wall.json
 
 Every round runs each plan once (A B C, A B C ...), so that a slow minute of the machine hits all of them; the first
 round is preceded by a short warm-up. Times are the receipts' totals: prompt to frames, without setting up the plan.
@@ -24,7 +25,9 @@ from vivace.world import caption, sample_scenes
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--plan", action="append", required=True, help="the first is what speed-ups refer to")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
