@@ -18,7 +18,7 @@ ROOM = 512 * 2**20
 """Free space under which a comparison may not fit."""
 _TELLING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
 _EXTRAS = {
-    "lpips": ("LPIPS between clips", "pip install 'vivace[eval]'"),
+    "lpips": ("LPIPS between clips", "pip install --no-deps lpips, beside a torchvision that fits torch"),
     "triton": ("GPU kernels", "pip install triton"),
     "pytest": ("the tests", "pip install 'vivace[dev]'"),
 }
