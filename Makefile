@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
+# A browser is opened where there is a screen.
+OPEN := $(if $(or $(DISPLAY),$(WAYLAND_DISPLAY),$(filter Darwin,$(shell uname))),--open,--no-browser)
 
 .PHONY: demo test lint types layers format clean help
 
@@ -24,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/vivace compare "a large red sphere slides left on a checkered floor" --plan fast --seed 7 -o demo-output
+	$(BIN)/vivace compare "a large red sphere slides left on a checkered floor" --plan fast --seed 7 -o demo-output $(OPEN)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu"
