@@ -372,12 +372,13 @@ def _bytes(tensor: Any) -> int:
 def _videos(frames: Any) -> list[np.ndarray]:
     """A pipeline's frames as a list of uint8 (T, H, W, 3); empty for latents."""
     import numpy as np
+    import torch
 
     if isinstance(frames, tuple):
         frames = frames[0]
     if isinstance(frames, list) and frames and isinstance(frames[0], list):
         return [np.stack([np.asarray(image.convert("RGB")) for image in video]) for video in frames]
-    if hasattr(frames, "detach"):
+    if isinstance(frames, torch.Tensor):
         if frames.ndim != 5 or 3 not in (frames.shape[1], frames.shape[2]):
             return []
         frames = frames.detach().float().cpu().numpy()
