@@ -52,7 +52,10 @@ class TechniqueRecord:
 
 @dataclass(slots=True)
 class KernelRecord:
-    """A kernel chosen for an operation, and why."""
+    """A kernel chosen for an operation, and why.
+
+    `calls` is how often the choice was made in the session so far: a kernel that is built once is chosen once.
+    """
 
     op: str
     choice: str

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import WanPipeline
 
+from vivace.core.env import fast_bf16_cpu
 from vivace.core.errors import WeightsError
 from vivace.tiny.defaults import DEFAULTS
 
@@ -36,8 +37,7 @@ def load_tiny(dtype: torch.dtype | None = None, folder: Path | None = None) -> W
 
 def fast_dtype() -> torch.dtype:
     """bf16 where the CPU multiplies it natively, else fp32: emulated bf16 is slower than fp32."""
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return torch.bfloat16 if native is not None and native() else torch.float32
+    return torch.bfloat16 if fast_bf16_cpu() else torch.float32
 
 
 def verify_weights(folder: Path) -> None:
