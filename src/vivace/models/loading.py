@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vivace.core.errors import ModelError, OfflineError, UnknownNameError, WeightsError
+from vivace.core.quiet import quiet
 from vivace.models.adapter import EXPERTS, ModelDescription
 from vivace.models.describe import describe_folder, describe_pipeline, remember
 from vivace.models.known import KNOWN
@@ -49,6 +50,9 @@ def load(
         WeightsError: a weight file is missing, truncated or damaged; the sentence names it.
         OfflineError: a hub id that is not in the cache, and the hub cannot be reached.
     """
+    with quiet():
+        # The first use of a pipeline class imports every optional library that diffusers knows.
+        from diffusers import WanPipeline  # noqa: F401
     if not isinstance(source, (str, Path)):
         _check_pipeline(source)
         pipeline, name = source, ""

@@ -2,34 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
-_LOUD = ("torchao", "torch.utils._pytree", "diffusers")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Nothing that is said inside reaches the user; loggers, streams and filters come back as they were.
-
-    Importing torchao on a machine without its GPU libraries reports every library it did not find.
-    """
-    levels = {name: logging.getLogger(name).level for name in _LOUD}
-    try:
-        for name in _LOUD:
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+from vivace.core.quiet import quiet
 
 
 def quantise(linear: nn.Linear, mode: str) -> nn.Linear:
