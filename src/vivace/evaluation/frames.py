@@ -7,11 +7,14 @@ results. Everything else is refused: a wrong range does not crash a metric, it s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vivace.core.errors import VivaceError
+
+if TYPE_CHECKING:
+    import torch
 
 RANGE_SLACK = 1e-4
 """How far a float frame may leave [0, 1] by rounding before it is refused; what is over is clipped."""
@@ -97,11 +100,40 @@ def unit_pair(reference: Any, candidate: Any) -> tuple[np.ndarray, np.ndarray]:
     return first, second
 
 
-def check_same_shape(reference: np.ndarray, candidate: np.ndarray) -> None:
+def unit_clips(clips: Any, name: str = "clips", device: Any = "cpu") -> torch.Tensor:
+    """A batch of clips as float32 `(B, T, H, W, 3)` in [0, 1] on `device`.
+
+    Takes a numpy array or a torch tensor, uint8 or floating point; uint8 and the same levels as float are equal.
+    Raises `FrameError` when shape, type or range is wrong; the sentence says what to do.
+    """
+    import torch
+
+    tensor = torch.as_tensor(clips)
+    if tensor.ndim != 5 or tensor.shape[-1] != 3 or 0 in tensor.shape:
+        raise FrameError(
+            f"{name} must have the shape (B, T, H, W, 3) with nothing empty, got {tuple(tensor.shape)}; reorder the axes"
+        )
+    tensor = tensor.to(device)
+    if tensor.dtype == torch.uint8:
+        return tensor.float() / 255.0
+    if not tensor.is_floating_point():
+        raise FrameError(f"{name} must be uint8 or floating point, got {tensor.dtype}; convert them first")
+    values = tensor.float()
+    low, high = (float(v) for v in torch.aminmax(values))
+    if not np.isfinite(low) or not np.isfinite(high):
+        raise FrameError(f"{name} hold NaN or infinite values; find out which step produced them")
+    if low < -RANGE_SLACK or high > 1.0 + RANGE_SLACK:
+        raise FrameError(
+            f"{name} are floating point in [{low:.4g}, {high:.4g}], wanted [0, 1]; rescale them or pass uint8 frames"
+        )
+    return values.clamp(0.0, 1.0)
+
+
+def check_same_shape(reference: Any, candidate: Any) -> None:
     """Raises `FrameError` unless both clips have the same frames, height and width."""
     if reference.shape != candidate.shape:
         raise FrameError(
-            f"the clips differ in shape, {reference.shape} against {candidate.shape}; "
+            f"the clips differ in shape, {tuple(reference.shape)} against {tuple(candidate.shape)}; "
             "compare clips of equal frame count, height and width"
         )
 
