@@ -7,9 +7,13 @@ of decibels needs an arbitrary cap for equal frames, and a few of those then hid
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vivace.evaluation.frames import FrameMetric, unit_pair, worst_frame
+from vivace.evaluation.metrics.base import Better, Group, MetricCard, PairMetric, Scope, Series
+
+if TYPE_CHECKING:
+    import torch
 
 VERSION = "psnr@1: RGB, peak 1, clip value from the pooled MSE, no cap"
 
@@ -35,6 +39,50 @@ def psnr(reference: Any, candidate: Any) -> FrameMetric:
         pooled=_decibel(float(mse.mean())),
         worst=worst_frame(per_frame, higher_is_better=True),
     )
+
+
+class Psnr(PairMetric):
+    """`psnr` for batches of clips, on any device; squared errors are summed in float64."""
+
+    card: ClassVar[MetricCard] = MetricCard(
+        name="psnr",
+        version=1,
+        title="Peak signal-to-noise ratio",
+        scope=Scope.PAIR,
+        group=Group.FIDELITY,
+        series=(
+            Series(
+                name="psnr",
+                better=Better.HIGHER,
+                unit="dB",
+                low=0.0,
+                about="From the squared error pooled over the whole clip; infinite for equal clips.",
+            ),
+            Series(
+                name="psnr_worst",
+                better=Better.HIGHER,
+                unit="dB",
+                low=0.0,
+                about="Of the frame with the largest squared error.",
+            ),
+        ),
+        convention="RGB as decoded, peak 1, mean squared error over frames, pixels and channels, no cap.",
+        sees=("blur", "noise", "flicker", "freeze", "stutter", "shuffle", "colour_shift", "wrong_colour"),
+        blind_to=("quality of a clip that departs from the reference",),
+        symmetric=True,
+    )
+
+    def pair(self, reference: torch.Tensor, clips: torch.Tensor) -> dict[str, list[float]]:
+        pooled, worst = [], []
+        # Clip by clip: the float64 difference of a whole batch would be four times the batch.
+        for first, second in zip(reference, clips, strict=True):
+            mse = (first.double() - second.double()).square_().mean(dim=(1, 2, 3))
+            pooled.append(mse.mean())
+            worst.append(mse.max())
+        return {
+            "psnr": [_decibel(float(value)) for value in pooled],
+            "psnr_worst": [_decibel(float(value)) for value in worst],
+        }
 
 
 def _decibel(mse: float) -> float:
