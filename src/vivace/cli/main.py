@@ -19,11 +19,11 @@ from typing import Annotated, Any
 import typer
 
 import vivace
-from vivace.cli import compare, doctor, generate, methods, plan
+from vivace.cli import bench, compare, doctor, generate, methods, plan
 from vivace.cli.shared.screen import fail
 from vivace.core.errors import VivaceError
 
-MAKE, KNOW, HERE = "Make videos", "Plans and methods", "This machine"
+MAKE, MEASURE, KNOW, HERE = "Make videos", "Measure", "Plans and methods", "This machine"
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 _USAGE: type[Exception] = typer.BadParameter.__mro__[1]
 """Base of every complaint about the command line itself."""
@@ -42,6 +42,7 @@ app = typer.Typer(
 )
 app.command("generate", rich_help_panel=MAKE)(generate.generate)
 app.command("compare", rich_help_panel=MAKE)(compare.compare)
+app.command("bench", rich_help_panel=MEASURE)(bench.bench)
 app.add_typer(plan.app, name="plan", rich_help_panel=KNOW)
 app.add_typer(methods.app, name="methods", rich_help_panel=KNOW)
 app.command("doctor", rich_help_panel=HERE)(doctor.doctor)

@@ -120,12 +120,12 @@ def load(job: Job) -> Any:
         if job.request.threads:
             torch.set_num_threads(job.request.threads)
         dtype = getattr(torch, _DTYPES[job.request.dtype]) if job.request.dtype in _DTYPES else None
-        pipeline = loading.load(job.request.model, dtype=dtype, device=_device(job.request.device))
+        pipeline = loading.load(job.request.model, dtype=dtype, device=device_here(job.request.device))
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
 
-def _device(name: str) -> str:
+def device_here(name: str) -> str:
     """A device that exists here, as torch names it."""
     import torch
 

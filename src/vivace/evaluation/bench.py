@@ -1,0 +1,463 @@
+"""A bench: contenders on a task under the protocol, from nothing to records in a store.
+
+Work that is done lies in `OUT/work/<key>`; the same command continues a killed bench. The store beside it only grows.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vivace.core.env import environment
+from vivace.core.errors import ConfigError, VivaceError
+from vivace.evaluation import protocol
+from vivace.evaluation.contender import Contender, parse
+from vivace.evaluation.metrics.base import MetricCard, Scope, registry
+from vivace.evaluation.protocol import Watch, quiet_watch
+from vivace.evaluation.record import (
+    Energy,
+    Estimate,
+    Memory,
+    MetricRef,
+    Model,
+    Quality,
+    Record,
+    Samples,
+    Timing,
+    canonical,
+)
+from vivace.evaluation.shards import Job, Shard, Worker, counts_of, run_in_worker, start_worker
+from vivace.evaluation.statistics import estimate
+from vivace.evaluation.store import Store
+from vivace.evaluation.subject import Subject
+from vivace.evaluation.task import Task
+
+ANCHORS = ("floor", "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a bench runs.
+
+    `limit`: only the first so many prompts (a trial; the record says so). `coupled_repeats`: clips of a prompt for
+    contenders that are made one by one; 0: as many as the task has. `repeats`, `warmups`: of the timed run; None: the
+    task's. `jobs`: processes of the quality run.
+    """
+
+    device: str = "cpu"
+    dtype: str = ""
+    model: str | None = None
+    texts: tuple[str, ...] = ()
+    quality: bool = True
+    timing: bool = True
+    memory: bool = True
+    energy: bool = False
+    limit: int = 0
+    coupled_repeats: int = 0
+    jobs: int = 1
+    threads: int = 0
+    warmups: int | None = None
+    repeats: int | None = None
+    energy_window: float = protocol.ENERGY_WINDOW
+    keep_frames: bool = False
+    command: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Outcome:
+    """What a bench gave: records by contender, and why others have none."""
+
+    records: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+class Bench:
+    """One task, its contenders, one machine.
+
+    Args:
+        task: what is made and measured.
+        specs: contenders as texts (`vivace.evaluation.contender`). The baseline runs whether it is named or not.
+        out: the store's folder.
+        watch: called with what is running, how much of the phase is done, and of how much.
+
+    Raises:
+        ConfigError, UnknownNameError: a contender or the model cannot be found; nothing has been started.
+    """
+
+    def __init__(
+        self, task: Task, specs: Sequence[str], out: Path, options: Options, watch: Watch = quiet_watch
+    ) -> None:
+        import torch
+
+        if options.texts:
+            task = task.with_prompts(options.texts, task.model)
+        elif task.kind == "quality" and not task.prompts.file:
+            raise ConfigError(f"the task {task.full_name} needs {task.needs}.")
+        self.task, self.options, self.watch = task, options, watch
+        self.store = Store(out)
+        dtype = getattr(torch, options.dtype) if options.dtype else None
+        self.subject = Subject(task, options.device, dtype, options.model)
+        found = [parse(spec) for spec in dict.fromkeys(["exact", *specs])]
+        self.contenders = list({c.name: c for c in found}.values())
+        self.outcome = Outcome()
+        self._timing: dict[str, Timing] = {}
+        self._memory: dict[str, Memory] = {}
+        self._energy: dict[str, Energy] = {}
+
+    # -- what it rests on -------------------------------------------------------------------------------------
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """Hardware and software, with a fingerprint."""
+        return environment(self.subject.device)
+
+    @cached_property
+    def model(self) -> Model:
+        """The model as it stands in the records; loads it once."""
+        return self.subject.identity(self.subject.pipeline())
+
+    @cached_property
+    def work(self) -> Path:
+        """Where unfinished work lies: named by everything that decides a clip."""
+        key = canonical(
+            [
+                self.task.ref.sha256,
+                self.model.sha256,
+                self.model.dtype,
+                self.environment["fingerprint"],
+                self.options.limit,
+                self.options.coupled_repeats,
+            ]
+        )
+        return self.store.path / "work" / hashlib.sha256(key.encode()).hexdigest()[:12]
+
+    @cached_property
+    def job(self) -> Job:
+        """What a worker process must know."""
+        o = self.options
+        return Job(
+            task=self.task,
+            work=self.work,
+            device=o.device,
+            dtype=o.dtype,
+            model=o.model,
+            prompts=o.limit,
+            coupled_repeats=o.coupled_repeats,
+            threads=o.threads,
+            texts=o.texts,
+        )
+
+    # -- the run ----------------------------------------------------------------------------------------------
+
+    def run(self) -> Outcome:
+        """All phases, then the records. Can be interrupted anywhere; the same call continues."""
+        self._refuse()
+        self.work.mkdir(parents=True, exist_ok=True)
+        if self.options.quality and self.task.kind == "quality":
+            self._quality()
+        self._cost()
+        for contender in self.contenders:
+            if contender.name not in self.outcome.failed:
+                self._record(contender)
+        if not self.options.keep_frames and not self.outcome.failed:
+            shutil.rmtree(self.work / "baseline", ignore_errors=True)
+        return self.outcome
+
+    def _refuse(self) -> None:
+        kept = []
+        for contender in self.contenders:
+            if why := contender.refuse(self.subject.description):
+                self.outcome.refused[contender.name] = why
+            else:
+                kept.append(contender)
+        self.contenders = kept
+        if not any(c.kind == "exact" for c in kept):
+            raise ConfigError(f"the baseline cannot run here: {self.outcome.refused['exact']}")
+
+    def _quality(self) -> None:
+        """All shards of all contenders; the baseline's first, because the others are measured against them."""
+        job = self.job
+        baseline = next(c for c in self.contenders if c.kind == "exact")
+        rest = [c for c in self.contenders if c is not baseline]
+        missing = [(c, n) for c in rest for n in range(len(job.shards(c))) if not job.done(c, n)]
+        shards = range(len(job.shards(baseline)))
+        # The baseline's clips are thrown away when a bench is done; a contender added later needs them again.
+        for n in shards if missing else ():
+            if job.done(baseline, n) and not (self.work / "baseline" / f"{n}.npy").is_file():
+                (job.folder(baseline) / f"{n}.json").unlink()
+        first = [(baseline, n) for n in shards if not job.done(baseline, n)]
+        total = len(first) + len(missing)
+        if not total:
+            return
+        for done, (name, why) in enumerate(self._shards(first, missing), 1):
+            if why:
+                self.outcome.failed[name] = why
+            self.watch(name, done, total)
+
+    def _shards(
+        self, first: Sequence[tuple[Contender, int]], rest: Sequence[tuple[Contender, int]]
+    ) -> Iterator[tuple[str, str]]:
+        """Runs shards, here or in processes; gives (contender, what went wrong) as they finish."""
+        if self.options.jobs <= 1:
+            worker = Worker(self.job)
+            for contender, number in (*first, *rest):
+                if contender.name in self.outcome.failed:
+                    yield contender.name, self.outcome.failed[contender.name]
+                    continue
+                self.watch(contender.name, -1, -1)
+                why = ""
+                try:
+                    worker.run(contender.spec, number)
+                except VivaceError as error:
+                    why = str(error)
+                yield contender.name, why
+            return
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(
+            self.options.jobs, mp_context=context, initializer=start_worker, initargs=(self.job,)
+        ) as pool:
+            try:
+                for part in (first, rest):
+                    waiting: dict[Future[Any], Contender] = {
+                        pool.submit(run_in_worker, c.spec, n): c for c, n in part
+                    }
+                    while waiting:
+                        done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+                        for future in done:
+                            contender = waiting.pop(future)
+                            yield contender.name, future.result()[2]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _cost(self) -> None:
+        o, task, device = self.options, self.task, self.subject.device
+        cuda = device.type == "cuda"
+        # The anchors cost what the baseline costs.
+        timed = [c for c in self.contenders if c.kind not in ANCHORS and c.name not in self.outcome.failed]
+        samples = task.samples(o.limit)
+        if o.timing:
+            self._timing = protocol.timed(
+                self.subject,
+                timed,
+                samples,
+                warmups=o.warmups if o.warmups is not None else (task.warmups if cuda else task.cpu_warmups),
+                repeats=o.repeats if o.repeats is not None else (task.repeats if cuda else task.cpu_repeats),
+                file=self.work / "timing.json",
+                watch=lambda what, n, of: self.watch(f"timing {what}", n, of),
+            )
+        if o.memory:
+            for n, contender in enumerate(timed):
+                self.watch(f"memory {contender.name}", n, len(timed))
+                self._memory[contender.name] = (
+                    protocol.memory(self.subject, contender, samples[0])
+                    if cuda
+                    else protocol.memory_apart(self.job, contender.spec)
+                )
+        if o.energy and not protocol.energy_missing(device):
+            for n, contender in enumerate(timed):
+                self.watch(f"energy {contender.name}", n, len(timed))
+                self._energy[contender.name] = protocol.energy(
+                    self.subject, contender, samples[0], o.energy_window
+                )
+
+    # -- records ----------------------------------------------------------------------------------------------
+
+    def _record(self, contender: Contender) -> None:
+        shards = [
+            Shard.load(self.job.folder(contender), n)
+            for n in range(len(self.job.shards(contender)))
+            if self.job.done(contender, n)
+        ]
+        timing = self._timing.get(contender.name)
+        if not shards and timing is None:
+            return
+        samples, quality = (None, None) if not shards else self._samples_and_quality(contender, shards)
+        counts, counted = self._counts(contender, shards)
+        record = Record(
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            code=code(),
+            contender=contender.described,
+            model=self.model,
+            task=self.task.ref,
+            environment=self.environment,
+            counts=counts,
+            counted=counted,
+            timing=timing,
+            memory=self._memory.get(contender.name),
+            energy=self._energy.get(contender.name),
+            quality=quality,
+            clips=self._clips(contender) if shards else {},
+            command=self.options.command,
+            warnings=tuple(dict.fromkeys([*self.options.notes, *(w for s in shards for w in s.warnings)])),
+        )
+        self.outcome.records[contender.name] = self.store.add(record, samples)
+
+    def _samples_and_quality(self, contender: Contender, shards: Sequence[Shard]) -> tuple[Samples, Quality]:
+        names = sorted({n for s in shards for n in s.columns})
+        columns = {
+            n: tuple(v for s in shards for v in s.columns.get(n, [float("nan")] * len(s.ids))) for n in names
+        }
+        prompts = [p for s in shards for p in s.prompt]
+        samples = Samples(
+            ids=tuple(i for s in shards for i in s.ids),
+            prompt=tuple(prompts),
+            k=tuple(k for s in shards for k in s.k),
+            seed=tuple(v for s in shards for v in s.seed),
+            columns=columns,
+            hashes=tuple(h for s in shards for h in s.hashes),
+            curves={n: tuple(map(tuple, rows)) for s in shards for n, rows in s.curves.items()},
+        )
+        groups: dict[str, dict[str, Estimate]] = {"fidelity": {}, "absolute": {}, "distribution": {}}
+        used, skipped = [], {}
+        for use in self.task.metrics:
+            metric = registry[use.name](self.subject.device)
+            card = metric.card
+            if card.version != use.version:
+                skipped[card.name] = f"the task wants version {use.version}, here is version {card.version}."
+                continue
+            reasons = (shard.skipped.get(card.name, "") for shard in shards)
+            if why := metric.missing() or next(filter(None, reasons), ""):
+                skipped[card.name] = why
+                continue
+            if card.scope is Scope.SET:
+                found, why = self._set_values(metric, contender, shards)
+            else:
+                present = [s for s in card.series if s.name in columns]
+                found = {
+                    s.name: estimate(columns[s.name], prompts, better=s.better.value, binary=s.binary)
+                    for s in present
+                }
+                why = "" if found else _unmeasured(card, contender)
+            if why:
+                skipped[card.name] = why
+            if found:
+                groups[card.group.value] |= found
+                used.append(_reference(card, tuple(found)))
+        reference = "" if contender.kind == "exact" else "exact"
+        return samples, Quality(metrics=tuple(used), skipped=skipped, reference=reference, **groups)
+
+    def _set_values(
+        self, metric: Any, contender: Contender, shards: Sequence[Shard]
+    ) -> tuple[dict[str, Estimate], str]:
+        if contender.kind == "exact":
+            return {}, "the exact run is the reference."
+        baseline = parse("exact")
+        theirs = [Shard.load(self.job.folder(baseline), n) for n in range(len(shards))]
+        name = metric.card.name
+        mine = np.concatenate([s.features[name] for s in shards])
+        reference = np.concatenate([s.features[name] for s in theirs])[: len(mine)]
+        prompts = [p for s in shards for p in s.prompt]
+        try:
+            values = metric.distance(reference, mine, prompts)
+        except ConfigError as error:
+            return {}, str(error)
+        return {
+            series: Estimate(
+                mean=v.value,
+                low=v.low,
+                high=v.high,
+                prompts=len(set(prompts)),
+                samples=len(prompts),
+                p=v.p,
+                how=v.note or "bootstrap over prompts, paired with the exact run",
+            )
+            for series, v in values.items()
+        }, ""
+
+    def _counts(self, contender: Contender, shards: Sequence[Shard]) -> tuple[dict[str, float], str]:
+        """Counts of one clip: the mean over the audited clips; for a speed task one audit call."""
+        if shards:
+            weights = [len(s.ids) for s in shards]
+            counts = {
+                n: float(np.average([s.counts[n] for s in shards], weights=weights)) for n in shards[0].counts
+            }
+            size = "one by one" if contender.batch_coupled else f"in batches of {self.task.batch}"
+            counted = f"eager, counters on, all {sum(weights)} clips, made {size}"
+        else:
+            counts, counted = self._audit(contender)
+        full = counts["flops_dense"] / counts["nfe_requested"] if counts.get("nfe_requested") else 0.0
+        if full:
+            counts["full_equivalents"] = counts["flops"] / full
+        return counts, counted
+
+    def _audit(self, contender: Contender) -> tuple[dict[str, float], str]:
+        file = self.work / f"audit-{self.job.folder(contender).name}.json"
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8")), "eager, counters on, one clip"
+        self.watch(f"audit {contender.name}", 0, 1)
+        with contender.session(
+            self.subject.pipeline(), self.subject.description, self.task.steps, True
+        ) as session:
+            made = self.subject.make(
+                session,
+                self.task.samples(1)[:1],
+                contender.call_steps(self.task.steps),
+                decode=False,
+            )
+        counts = counts_of([made])
+        file.write_text(canonical(counts), encoding="utf-8")
+        return counts, "eager, counters on, one clip"
+
+    def _clips(self, contender: Contender) -> dict[str, str]:
+        folder = self.job.folder(contender) / "clips"
+        return {file.stem: self.store.add_clip(file.read_bytes()) for file in sorted(folder.glob("*.mp4"))}
+
+
+def _reference(card: MetricCard, series: tuple[str, ...]) -> MetricRef:
+    return MetricRef(
+        name=card.name,
+        version=card.version,
+        group=card.group.value,
+        series=series,
+        backbone=card.backbone.name if card.backbone else "",
+        backbone_sha256=card.backbone.sha256 if card.backbone else "",
+    )
+
+
+def _unmeasured(card: MetricCard, contender: Contender) -> str:
+    if contender.kind == "exact":
+        return "the exact run is the reference."
+    if card.scope is Scope.LATENT:
+        return "other noise: there is no common trajectory."
+    return "no sample was measured."
+
+
+def code() -> dict[str, Any]:
+    """Version and, where there is a checkout, commit and whether the sources differ from it.
+
+    `VIVACE_COMMIT` names the commit where the sources were copied without their history.
+    """
+    import vivace
+
+    out: dict[str, Any] = {"version": vivace.__version__, "commit": os.environ.get("VIVACE_COMMIT", "")}
+    root = Path(vivace.__file__).parents[2]
+    if not out["commit"] and (root / ".git").exists():
+        with suppress(OSError, subprocess.CalledProcessError):
+            out["commit"] = _git(root, "rev-parse", "HEAD")
+            out["dirty"] = bool(_git(root, "status", "--porcelain", "--", "src"))
+    return out
+
+
+def _git(root: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+__all__ = ["ANCHORS", "Bench", "Options", "Outcome", "code"]
