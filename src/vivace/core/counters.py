@@ -43,6 +43,8 @@ class Meter:
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.active = False
+        self.compiled: set[str] = set()
+        """Sites of blocks with a compiled body: the only ones that may run without any counter seeing it."""
         self.total = Cost()
         self._frames: list[Cost] = []
         self._block_cost: dict[tuple[str, Hashable, Hashable], Cost] = {}
@@ -103,13 +105,18 @@ class Meter:
             self._block_cost[key] = frame.per(rows)
             # Variants differ in what they execute, never in what the dense model would.
             self._block_dense.setdefault(key[:2], self._block_cost[key])
-        elif not frame.flops:
+        elif not frame.flops and site in self.compiled:
             # The body ran compiled, with no counter inside: charge what its eager first call was counted at.
             frame.add(self._block_cost[key], rows)
         self._evaluations[-1][1].add(frame)
         # Rows of a fused batch are shared among the branches: half the rows of a pair is one branch's block.
         evaluation.blocks_run += evaluation.requested * rows / max(evaluation.rows, 1)
         return out
+
+    @property
+    def spent(self) -> list[float]:
+        """FLOPs executed by every evaluation so far, in order."""
+        return [cost.flops for _, cost in self._evaluations]
 
     def knows(self, site: str) -> bool:
         """Whether a block's cost for the current shape has been counted."""

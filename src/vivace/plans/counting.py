@@ -96,6 +96,7 @@ def _compile(edit: Surgery, meter: Meter, block: Block, backend: str) -> None:
         import torch
 
         compiled = torch.compile(old, backend=backend, fullgraph=True, dynamic=False)
+        meter.compiled.add(block.site)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if meter.clock.evaluation is None or not meter.knows(block.site):
