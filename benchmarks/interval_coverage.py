@@ -2,7 +2,7 @@
 
     python benchmarks/interval_coverage.py --out benchmarks/results/2026-11-24/interval-coverage.json
 
-Values are normal, or skewed (the exponential of a normal, centred), with a share `icc` of their variance between prompts.
+Values are normal, or skewed (the exponential of a normal, centred). A share `icc` of the variance lies between prompts.
 `videos` counts clips as if each were a prompt of its own: what a table does that ignores the design.
 """
 
@@ -62,7 +62,7 @@ def ratios(rng: np.random.Generator, runs: int, spread: float, experiments: int)
     """Coverage of the interval of a speed-up of 2, both sides timed `runs` times with log-normal noise."""
     hits = 0
     for _ in range(experiments):
-        base, own = rng.lognormal(0, spread, runs), rng.lognormal(0, spread, runs) / 2
+        base, own = rng.lognormal(0, spread, runs).tolist(), (rng.lognormal(0, spread, runs) / 2).tolist()
         found = ratio_of_medians(base, own, draws=2000)
         hits += found.low <= 2 <= found.high
     return {"runs": runs, "spread": spread, "coverage": hits / experiments}
