@@ -1,4 +1,4 @@
-"""Public contract checks: run them on a technique, adapter or kernel of your own.
+"""Public contract checks: run them on a technique, adapter, kernel or metric of your own.
 
 Names load on first use, so that a test that needs only a tiny pipeline does not import the suite.
 """
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vivace.testing.case import Case, ContractViolation, NotApplicable
     from vivace.testing.contract import Report, Verdict, check_technique, technique_checks
     from vivace.testing.kernel_checks import check_kernel
+    from vivace.testing.metric_checks import check_metric, metric_checks
 
 _HOMES = {
     "Case": "vivace.testing.case",
@@ -22,7 +23,9 @@ _HOMES = {
     "Verdict": "vivace.testing.contract",
     "check_adapter": "vivace.testing.adapter_checks",
     "check_kernel": "vivace.testing.kernel_checks",
+    "check_metric": "vivace.testing.metric_checks",
     "check_technique": "vivace.testing.contract",
+    "metric_checks": "vivace.testing.metric_checks",
     "technique_checks": "vivace.testing.contract",
 }
 
@@ -34,7 +37,9 @@ __all__ = [
     "Verdict",
     "check_adapter",
     "check_kernel",
+    "check_metric",
     "check_technique",
+    "metric_checks",
     "technique_checks",
 ]
 

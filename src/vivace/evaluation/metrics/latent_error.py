@@ -80,6 +80,7 @@ class LatentError(Metric):
             ConfigError: a trajectory is missing.
             FrameError: a trajectory has a wrong shape, or values that are not finite.
         """
+        self.require()
         if context.trajectory is None or context.reference_trajectory is None:
             raise ConfigError("latent_error compares trajectories; record the latents of both runs.")
         curve = error_curve(context.reference_trajectory, context.trajectory)
