@@ -76,6 +76,12 @@ def bench(
     repeats: Annotated[
         int | None, typer.Option(min=1, help="Timed calls of each.", rich_help_panel=HOW, show_default=False)
     ] = None,
+    warmup_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Shorter warm-up calls, for slow models.", rich_help_panel=HOW, show_default=False
+        ),
+    ] = None,
     coupled_repeats: Annotated[
         int,
         typer.Option(
@@ -126,6 +132,7 @@ def bench(
             threads=threads or 0,
             warmups=warmups,
             repeats=repeats,
+            warmup_steps=warmup_steps,
             command=shlex.join(["vivace", *sys.argv[1:]]),
             notes=tuple(note or ()),
         ),
@@ -137,12 +144,14 @@ def _specs(task: Task, plans: list[str], steps: list[int], peers: list[str], anc
     out = [f"steps={n}" for n in steps] + [f"plan:{p}" for p in plans]
     for text in peers:
         name, _, rest = text.partition("@")
-        if rest == "sweep":
-            from vivace.evaluation.peers import sweep
-
-            out += [f"peer:{spec}" for spec in sweep(name)]
-        else:
+        if rest != "sweep":
             out.append(f"peer:{text}")
+            continue
+        from vivace.evaluation.peers import contender_name, get
+
+        found = get(name)
+        values = [{found.card.knob: v} for v in found.card.sweep] or [{}]
+        out += [f"peer:{contender_name(found, v)}" for v in values]
     return out + (["floor", "seed"] if anchors and task.kind == "quality" else [])
 
 

@@ -12,18 +12,18 @@ import multiprocessing
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from vivace.core.env import environment
-from vivace.core.errors import ConfigError, VivaceError
+from vivace.core.errors import ConfigError
 from vivace.evaluation import protocol
 from vivace.evaluation.contender import Contender, parse
 from vivace.evaluation.metrics.base import MetricCard, Scope, registry
@@ -40,12 +40,13 @@ from vivace.evaluation.record import (
     Timing,
     canonical,
 )
-from vivace.evaluation.shards import Job, Shard, Worker, counts_of, run_in_worker, start_worker
+from vivace.evaluation.shards import Job, Shard, Worker, attempt, counts_of, run_in_worker, start_worker, told
 from vivace.evaluation.statistics import estimate
 from vivace.evaluation.store import Store
 from vivace.evaluation.subject import Subject
 from vivace.evaluation.task import Task
 
+T = TypeVar("T")
 ANCHORS = ("floor", "seed")
 
 
@@ -55,7 +56,8 @@ class Options:
 
     `limit`: only the first so many prompts (a trial; the record says so). `coupled_repeats`: clips of a prompt for
     contenders that are made one by one; 0: as many as the task has. `repeats`, `warmups`: of the timed run; None: the
-    task's. `jobs`: processes of the quality run.
+    task's. `warmup_steps`: shorter warm-up calls, where a whole one takes minutes. `jobs`: processes of the quality
+    run.
     """
 
     device: str = "cpu"
@@ -72,6 +74,7 @@ class Options:
     threads: int = 0
     warmups: int | None = None
     repeats: int | None = None
+    warmup_steps: int | None = None
     energy_window: float = protocol.ENERGY_WINDOW
     keep_frames: bool = False
     command: str = ""
@@ -109,6 +112,8 @@ class Bench:
             task = task.with_prompts(options.texts, task.model)
         elif task.kind == "quality" and not task.prompts.file:
             raise ConfigError(f"the task {task.full_name} needs {task.needs}.")
+        for use in task.metrics:
+            registry[use.name]
         self.task, self.options, self.watch = task, options, watch
         self.store = Store(out)
         dtype = getattr(torch, options.dtype) if options.dtype else None
@@ -116,6 +121,7 @@ class Bench:
         found = [parse(spec) for spec in dict.fromkeys(["exact", *specs])]
         self.contenders = list({c.name: c for c in found}.values())
         self.outcome = Outcome()
+        self._notes: list[str] = []
         self._timing: dict[str, Timing] = {}
         self._memory: dict[str, Memory] = {}
         self._energy: dict[str, Energy] = {}
@@ -221,12 +227,7 @@ class Bench:
                     yield contender.name, self.outcome.failed[contender.name]
                     continue
                 self.watch(contender.name, -1, -1)
-                why = ""
-                try:
-                    worker.run(contender.spec, number)
-                except VivaceError as error:
-                    why = str(error)
-                yield contender.name, why
+                yield contender.name, attempt(worker, contender.spec, number)
             return
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(
@@ -260,31 +261,51 @@ class Bench:
                 warmups=o.warmups if o.warmups is not None else (task.warmups if cuda else task.cpu_warmups),
                 repeats=o.repeats if o.repeats is not None else (task.repeats if cuda else task.cpu_repeats),
                 file=self.work / "timing.json",
+                warmup_steps=o.warmup_steps,
+                failed=self.outcome.failed,
                 watch=lambda what, n, of: self.watch(f"timing {what}", n, of),
             )
         if o.memory:
             for n, contender in enumerate(timed):
                 self.watch(f"memory {contender.name}", n, len(timed))
-                self._memory[contender.name] = (
-                    protocol.memory(self.subject, contender, samples[0])
-                    if cuda
-                    else protocol.memory_apart(self.job, contender.spec)
+                found = self._guarded(
+                    lambda c=contender: (
+                        protocol.memory(self.subject, c, samples[0])
+                        if cuda
+                        else protocol.memory_apart(self.job, c.spec)
+                    )
                 )
-        if o.energy and not protocol.energy_missing(device):
+                if found is not None:
+                    self._memory[contender.name] = found
+        if o.energy and (why := protocol.energy_missing(device)):
+            self._notes.append(why)
+        elif o.energy:
             for n, contender in enumerate(timed):
                 self.watch(f"energy {contender.name}", n, len(timed))
-                self._energy[contender.name] = protocol.energy(
-                    self.subject, contender, samples[0], o.energy_window
+                found = self._guarded(
+                    lambda c=contender: protocol.energy(self.subject, c, samples[0], o.energy_window)
                 )
+                if found is not None:
+                    self._energy[contender.name] = found
+
+    def _guarded(self, run: Callable[[], T]) -> T | None:
+        """A measurement that may fail in other people's code; then there is none, and the record says why."""
+        try:
+            return run()
+        except Exception as error:
+            self._notes.append(told(error, self.work))
+            return None
 
     # -- records ----------------------------------------------------------------------------------------------
 
     def _record(self, contender: Contender) -> None:
-        shards = [
-            Shard.load(self.job.folder(contender), n)
-            for n in range(len(self.job.shards(contender)))
-            if self.job.done(contender, n)
-        ]
+        wanted = len(self.job.shards(contender)) if self.task.kind == "quality" else 0
+        done = [n for n in range(wanted) if self.job.done(contender, n)]
+        if done and len(done) < wanted:
+            # Half a contender would be measured on other prompts than the rest.
+            self.outcome.failed[contender.name] = f"{len(done)} of {wanted} shards are made; run it again."
+            return
+        shards = [Shard.load(self.job.folder(contender), n) for n in done]
         timing = self._timing.get(contender.name)
         if not shards and timing is None:
             return
@@ -305,7 +326,9 @@ class Bench:
             quality=quality,
             clips=self._clips(contender) if shards else {},
             command=self.options.command,
-            warnings=tuple(dict.fromkeys([*self.options.notes, *(w for s in shards for w in s.warnings)])),
+            warnings=tuple(
+                dict.fromkeys([*self.options.notes, *self._notes, *(w for s in shards for w in s.warnings)])
+            ),
         )
         self.outcome.records[contender.name] = self.store.add(record, samples)
 
@@ -395,7 +418,20 @@ class Bench:
         full = counts["flops_dense"] / counts["nfe_requested"] if counts.get("nfe_requested") else 0.0
         if full:
             counts["full_equivalents"] = counts["flops"] / full
-        return counts, counted
+        return counts | self.around, counted
+
+    @cached_property
+    def around(self) -> dict[str, float]:
+        """FLOPs of the text encoders and of the VAE's own decoding, one clip: what no technique here counts live."""
+        from vivace.evaluation.flops import stage_flops
+
+        model = self.subject.description
+        pipeline = self.subject.pipeline()
+        try:
+            return stage_flops(pipeline, model, model.workload())
+        except (NotImplementedError, RuntimeError, TypeError) as error:
+            self._notes.append(f"text and VAE FLOPs were not counted: {str(error).splitlines()[0]}")
+            return {}
 
     def _audit(self, contender: Contender) -> tuple[dict[str, float], str]:
         file = self.work / f"audit-{self.job.folder(contender).name}.json"

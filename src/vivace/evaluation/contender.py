@@ -57,7 +57,7 @@ class Contender:
     def batch_coupled(self) -> bool:
         """Whether the samples of a batch influence each other, so that clips must be made one by one."""
         if self.peer is not None:
-            return self.peer.batch_coupled
+            return self.peer.card.batch_coupled
         return any(t.card.batch_coupled for t in self.plan.ordered())
 
     @property
@@ -79,12 +79,13 @@ class Contender:
         elif self.kind == "exact":
             base = "exact, fewer steps"
         elif self.peer is not None:
-            family = self.peer.family
+            card = self.peer.card
+            family = card.family.value
             facts = {
-                "settings": dict(self.settings),
-                "package": self.peer.package,
-                "package_version": _version(self.peer.package),
-                "notes": tuple(self.peer.notes),
+                "settings": {**card.default, **dict(self.settings)},
+                "package": card.package,
+                "package_version": self.peer.version,
+                "notes": card.notes,
             }
         return record.Contender(
             name=self.name,
@@ -119,11 +120,10 @@ class Contender:
             counters: count work (audit), or leave the counters out (timing).
         """
         if self.peer is not None:
-            from vivace.evaluation.peers.base import peer_session
+            from vivace.evaluation.peers import peer_session
 
-            with peer_session(
-                pipeline, self.peer, self.call_steps(steps) or steps, dict(self.settings), counters=counters
-            ) as session:
+            settings = dict(self.settings)
+            with peer_session(pipeline, self.peer, steps, settings, counters=counters) as session:
                 yield session
             return
         with Session(pipeline, self.plan, model=model, counters=counters) as session:
@@ -204,12 +204,3 @@ def _other_kernel(model: ModelDescription) -> Iterator[None]:
     tokens = grid.tokens if grid is not None else 0
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION if tokens >= LONG else SDPBackend.MATH):
         yield
-
-
-def _version(package: str) -> str:
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""

@@ -1,9 +1,9 @@
 """Cost under the protocol: cold run, warm timed runs interleaved A B A B, memory run, energy.
 
 Never in the same call as counting: here all counters are off. On a GPU time is taken between CUDA events, elsewhere by
-the monotonic clock. Every contender keeps a session of its own open, so that what it compiled or calibrated stays, and the
-contenders take turns, so that a drifting clock hits them all alike. Call r makes sample r of the task for everybody:
-the spread of an adaptive method is that over prompts.
+the monotonic clock. Every contender keeps a session of its own open, so that what it compiled or calibrated stays, and
+the contenders take turns, so that a drifting clock hits them all alike. Call r makes sample r of the task for
+everybody: the spread of an adaptive method is that over prompts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from vivace.core.errors import ConfigError, VivaceError
 from vivace.evaluation.contender import Contender
 from vivace.evaluation.record import Energy, Memory, Spread, Timing
-from vivace.evaluation.shards import write
+from vivace.evaluation.shards import told, write
 from vivace.evaluation.subject import Subject
 from vivace.evaluation.task import Sample
 
@@ -56,6 +56,8 @@ def timed(
     warmups: int,
     repeats: int,
     file: Path,
+    warmup_steps: int | None = None,
+    failed: dict[str, str] | None = None,
     watch: Watch = quiet_watch,
 ) -> dict[str, Timing]:
     """Time contenders in turns; what was timed before in `file` is kept and only the missing rounds are run.
@@ -65,20 +67,26 @@ def timed(
         warmups: calls before the first timed one, the cold call included.
         repeats: timed calls of each.
         file: where the raw seconds are kept, round by round, so that a killed run goes on.
+        warmup_steps: solver steps of a warm-up call where a whole one would take minutes; there is no cold time then.
+        failed: gets a sentence for each contender that raised; it is out of the turns from then on.
 
     Returns:
         Timing by contender name; contenders that failed are missing.
     """
-    kept = _read(file)
+    kept, failed = _read(file), {} if failed is None else failed
     if not any(len(_of(kept, c).runs) < repeats for c in contenders):
-        return _timings(subject, contenders, kept, warmups, repeats)
+        return _timings(subject, contenders, kept, warmups, warmup_steps)
     with contextlib.ExitStack() as stack:
         sessions = {}
         for contender in contenders:
-            start = time.perf_counter()
-            sessions[contender.name] = stack.enter_context(
-                contender.session(subject.pipeline(), subject.description, subject.task.steps, False)
-            )
+            pipeline, start = subject.pipeline(), time.perf_counter()
+            try:
+                sessions[contender.name] = stack.enter_context(
+                    contender.session(pipeline, subject.description, subject.task.steps, False)
+                )
+            except Exception as error:
+                failed[contender.name] = told(error, file.parent)
+                continue
             _of(kept, contender).setup = time.perf_counter() - start
         begun = min(len(_of(kept, c).runs) for c in contenders)
         total = len(contenders) * (warmups + repeats - begun)
@@ -89,11 +97,16 @@ def timed(
                 watch(contender.name, done, total)
                 done += 1
                 series = _of(kept, contender)
-                if turn >= 0 and len(series.runs) > begun + turn:
+                if contender.name in failed or (turn >= 0 and len(series.runs) > begun + turn):
                     continue  # had one round more than the others when the last bench was killed
-                stages = _one(subject, contender, sessions[contender.name], sample)
+                short = warmup_steps if turn < 0 else None
+                try:
+                    stages = _one(subject, contender, sessions[contender.name], sample, short)
+                except Exception as error:
+                    failed[contender.name] = told(error, file.parent)
+                    continue
                 if turn < 0:
-                    if turn == -warmups:
+                    if turn == -warmups and warmup_steps is None:
                         series.cold = stages["total"]
                     else:
                         series.warm.append(stages["total"])
@@ -102,13 +115,17 @@ def timed(
                 series.clips.append(sample.id)
                 _keep(file, kept)
         _keep(file, kept)
-    return _timings(subject, contenders, kept, warmups, repeats)
+    return _timings(subject, contenders, kept, warmups, warmup_steps)
 
 
-def _one(subject: Subject, contender: Contender, session: Any, sample: Sample) -> dict[str, float]:
+def _one(
+    subject: Subject, contender: Contender, session: Any, sample: Sample, steps: int | None
+) -> dict[str, float]:
     """Seconds by stage of one call that makes one clip."""
     decode = subject.task.output == "frames"
-    made = subject.make(session, [sample], contender.call_steps(subject.task.steps), decode=decode)
+    # A peer is set up for its number of steps.
+    steps = contender.call_steps(subject.task.steps) if contender.peer or steps is None else steps
+    made = subject.make(session, [sample], steps, decode=decode)
     return {name: float(made.receipt.stages.get(name, 0.0)) for name in STAGES}
 
 
@@ -117,7 +134,7 @@ def _timings(
     contenders: Sequence[Contender],
     kept: dict[str, Series],
     warmups: int,
-    repeats: int,
+    warmup_steps: int | None,
 ) -> dict[str, Timing]:
     cuda = subject.device.type == "cuda"
     names = tuple(c.name for c in contenders)
@@ -131,6 +148,8 @@ def _timings(
             short.append(f"{warmups} warm-up calls instead of {LEAST_WARMUPS}")
         if cuda and len(series.runs) < LEAST_REPEATS:
             short.append(f"{len(series.runs)} timed calls instead of {LEAST_REPEATS}")
+        if warmup_steps is not None:
+            short.append(f"warm-up calls of {warmup_steps} steps")
         out[contender.name] = Timing(
             stages={n: Spread.of([run[n] for run in series.runs]) for n in STAGES},
             batch=1,

@@ -178,8 +178,6 @@ class Worker:
                 part = samples[start : start + size]
                 wanted = max(0, min(keep - start, len(part)))
                 made = self.subject.make(session, part, contender.call_steps(task.steps), trajectories=wanted)
-                if contender.peer is not None and not contender.peer.acted(made.receipt):
-                    session.warnings.append(f"{contender.name} was in force and never acted in this run")
                 out.append(made)
         return out
 
@@ -334,7 +332,29 @@ def run_in_worker(spec: str, number: int) -> tuple[str, int, str]:
     """One shard in a worker process: (contender, shard, what went wrong)."""
     if _worker is None:
         raise RuntimeError("the worker process was not initialised")
+    return spec, number, attempt(_worker, spec, number)
+
+
+def attempt(worker: Worker, spec: str, number: int) -> str:
+    """Run one shard; says what went wrong, or nothing.
+
+    A peer is other people's code and may raise anything; the others must not suffer, and the traceback is kept.
+    """
     try:
-        return _worker.run(spec, number), number, ""
+        worker.run(spec, number)
     except VivaceError as error:
-        return spec, number, str(error)
+        return str(error)
+    except Exception as error:
+        return told(error, worker.job.work)
+    return ""
+
+
+def told(error: Exception, folder: Path) -> str:
+    """One line about an error that nobody foresaw; its traceback goes to a file in `folder`."""
+    import traceback
+
+    file = folder / "errors" / f"{uuid.uuid4().hex[:8]}.txt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]} (see {file})"

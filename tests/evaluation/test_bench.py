@@ -1,0 +1,207 @@
+"""The bench end to end on the embedded model: records, anchors, resuming after a kill, processes, refusals."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from vivace.core.errors import ConfigError, UnknownNameError
+from vivace.evaluation.bench import Bench, Options
+from vivace.evaluation.contender import parse, plan_of
+from vivace.evaluation.shards import Shard
+from vivace.evaluation.store import Store
+from vivace.evaluation.task import MetricUse, Task
+
+SPECS = ["steps=2", "plan:fast@few_steps.steps=3", "floor", "seed"]
+METRICS = ("psnr", "attributes", "latent_error")
+
+
+@pytest.fixture(scope="module")
+def task():
+    return Task.load("world-smoke@1").model_copy(
+        update={
+            "name": "trial",
+            "frames": 9,
+            "height": 64,
+            "width": 64,
+            "steps": 4,
+            "per_prompt": 2,
+            "batch": 4,
+            "clips": 1,
+            "latent_samples": 2,
+            "cpu_warmups": 1,
+            "cpu_repeats": 2,
+            "metrics": tuple(MetricUse(name=n, version=1) for n in METRICS),
+        }
+    )
+
+
+def bench(task, out, specs=SPECS, watch=lambda *_: None, **options):
+    defaults = {"limit": 3, "memory": False, "timing": False, "threads": 1}
+    return Bench(task, specs, out, Options(**defaults | options), watch)
+
+
+@pytest.fixture(scope="module")
+def whole(task, tmp_path_factory):
+    job = bench(task, tmp_path_factory.mktemp("store"), timing=True)
+    return job, job.run()
+
+
+@pytest.fixture(scope="module")
+def records(whole):
+    job, outcome = whole
+    return {name: job.store.record(id_) for name, id_ in outcome.records.items()}
+
+
+def test_every_contender_has_a_record(whole, records):
+    job, outcome = whole
+    assert not outcome.failed
+    assert not outcome.refused
+    assert set(records) == {"exact", "steps=2", "fast@few_steps.steps=3", "floor", "seed"}
+    kinds = {name: r.contender.kind for name, r in records.items()}
+    assert kinds["steps=2"] == "steps"
+    assert kinds["fast@few_steps.steps=3"] == "plan"
+    for record in records.values():
+        assert record.task == job.task.ref
+        assert record.environment["fingerprint"] == job.environment["fingerprint"]
+        assert record.model.sha256 == records["exact"].model.sha256
+
+
+def test_counts_are_those_of_one_clip(records):
+    exact, half = records["exact"].counts, records["steps=2"].counts
+    assert exact["nfe"] == 8
+    assert half["nfe"] == 4
+    assert half["flops"] == pytest.approx(exact["flops"] / 2)
+    assert exact["full_equivalents"] == pytest.approx(8)
+    assert exact["flops_vae"] > 0
+    assert "all 6 clips" in records["exact"].counted
+
+
+def test_anchors_bracket_the_contenders(records):
+    floor = records["floor"].quality.fidelity["psnr"]
+    seed = records["seed"].quality.fidelity["psnr"].mean
+    steps = records["steps=2"].quality.fidelity["psnr"].mean
+    assert seed < steps
+    assert floor.mean is None or floor.mean > 60  # equal clips have an infinite PSNR, which is left out
+
+
+def test_the_baseline_is_measured_absolutely_only(records):
+    quality = records["exact"].quality
+    assert "reference" in quality.skipped["psnr"]
+    assert not quality.fidelity
+    assert quality.absolute["attributes"].prompts == 3
+    assert records["steps=2"].quality.reference == "exact"
+
+
+def test_other_noise_has_no_common_trajectory(records):
+    assert "other noise" in records["seed"].quality.skipped["latent_error"]
+    assert records["floor"].quality.fidelity["latent_rel_l2"].mean < 1e-3
+
+
+def test_timed_runs_take_turns_and_are_not_the_counted_ones(records):
+    timing = records["steps=2"].timing
+    assert timing.interleaved_with == ("exact", "fast@few_steps.steps=3")
+    assert timing.stages["total"].n == 2
+    assert timing.clips == records["exact"].timing.clips
+    assert timing.cold is not None
+    assert timing.clock == "wall"
+    stages = {n: s.median for n, s in timing.stages.items()}
+    assert stages["denoise"] + stages["vae"] <= stages["total"]
+    assert records["floor"].timing is None
+
+
+def test_samples_and_clips_lie_beside_the_record(whole, records):
+    job, _ = whole
+    samples = job.store.samples(records["steps=2"])
+    assert samples.ids == ("0.0", "1.0", "2.0", "0.1", "1.1", "2.1")
+    assert len(set(samples.hashes)) == 6
+    assert all(math.isfinite(v) for v in samples.columns["psnr"])
+    # Latents are kept of the first two samples; the others are NaN, never zero.
+    assert [math.isnan(v) for v in samples.columns["latent_rel_l2"]] == [False] * 2 + [True] * 4
+    assert list(records["exact"].clips) == ["0.0"]
+    assert (job.store.path / records["exact"].clips["0.0"]).stat().st_size > 500
+
+
+def test_a_killed_bench_goes_on_where_it_was(task, whole, records, tmp_path):
+    finished = []
+
+    def kill(what, done, of):
+        if done > 0:
+            finished.append(what)
+        if len(finished) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench(task, tmp_path, ["steps=2"], kill).run()
+    assert Store(tmp_path).records() == []
+    made = {f: f.stat().st_mtime_ns for f in tmp_path.glob("work/*/*/[0-9]*.json")}
+    assert len(made) == 3
+    outcome = bench(task, tmp_path, ["steps=2"]).run()
+    assert {f: f.stat().st_mtime_ns for f in made} == made
+    again = Store(tmp_path).record(outcome.records["steps=2"])
+    job, _ = whole
+    assert job.store.samples(records["steps=2"]) == Store(tmp_path).samples(again)
+
+
+def test_a_contender_that_comes_later_gets_the_baseline_made_again(task, whole):
+    job, _ = whole
+    assert not (job.work / "baseline").exists()
+    later = bench(task, job.store.path, ["steps=3"])
+    outcome = later.run()
+    assert not outcome.failed
+    assert later.store.record(outcome.records["steps=3"]).quality.fidelity["psnr"].samples == 6
+
+
+def test_half_a_contender_gives_no_record(task, whole, tmp_path):
+    job = bench(task, tmp_path, ["steps=2"])
+    worker_job = job.job
+    (shard,) = [Shard.load(whole[0].job.folder(parse("steps=2")), 0)]
+    shard.save(worker_job.folder(parse("steps=2")), 0)
+    outcome = bench(task, tmp_path, ["steps=2"], quality=False).run()
+    assert "1 of 2 shards" in outcome.failed["steps=2"]
+    assert "steps=2" not in outcome.records
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_samples(task, whole, records, tmp_path):
+    outcome = bench(task, tmp_path, ["steps=2"], jobs=2).run()
+    store = Store(tmp_path)
+    mine, theirs = (
+        store.samples(store.record(outcome.records["steps=2"])),
+        whole[0].store.samples(records["steps=2"]),
+    )
+    assert mine.ids == theirs.ids
+    assert mine.hashes == theirs.hashes
+    np.testing.assert_allclose(mine.columns["psnr"], theirs.columns["psnr"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("fastest", "names no contender"),
+        ("steps=0", "cannot be made"),
+        ("plan:fats", "fast"),
+        ("plan:fast@solver.solver=1", "changes nothing"),
+        ("plan:fast@few_steps.steps=many", "cannot be read"),
+        ("peer:diffusers.first_blok_cache", "first_block_cache"),
+    ],
+)
+def test_a_contender_that_cannot_be_is_told_before_anything_runs(task, tmp_path, text, said):
+    with pytest.raises((ConfigError, UnknownNameError), match=said):
+        bench(task, tmp_path, [text])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_may_be_varied():
+    plan = plan_of("fast@few_steps.steps=12")
+    assert plan.name == "fast@few_steps.steps=12"
+    assert any(getattr(t, "steps", None) == 12 for t in plan.techniques)
+
+
+def test_a_task_that_needs_a_model_says_so(tmp_path):
+    with pytest.raises(ConfigError, match="needs a model"):
+        bench(Task.load("vbench-custom@1"), tmp_path)
+    with pytest.raises(ConfigError, match="leave --model out"):
+        bench(Task.load("world-smoke@1"), tmp_path, model="elsewhere")
