@@ -14,6 +14,7 @@ from vivace.evaluation.statistics import (
     estimate,
     holm,
     mean_interval,
+    median_interval,
     prompt_means,
     prompts_needed,
     prompts_to_bound,
@@ -217,3 +218,14 @@ def test_ratio_of_few_runs_says_so() -> None:
     assert math.isnan(ratio_of_medians([], [1.0]).value)
     few = ratio_of_medians([2.0, 2.1, 1.9], [1.0, 1.02, 0.98])
     assert few.low < 2 < few.high
+
+
+@pytest.mark.parametrize("runs", [3, 12])
+def test_median_interval_covers(runs: int) -> None:
+    rng, hits = np.random.default_rng(runs), 0
+    for _ in range(500):
+        found = median_interval(rng.lognormal(1, 0.05, size=runs), draws=500)
+        hits += covers(found, math.e)
+    assert 0.92 <= hits / 500 <= 0.985
+    assert math.isnan(median_interval([2.0]).low)
+    assert math.isnan(median_interval([]).value)

@@ -140,7 +140,7 @@ def _sets_table(found: Comparison) -> Table:
 
     from vivace.cli.shared.screen import table
 
-    rows = table("series", "A", "B", title="Distribution (whole sets: no pairs, no verdict)", right=(1, 2))
+    rows = table("series", "A", "B", title="Distribution (whole sets)", right=(1, 2))
     for name, pair in found.sets.items():
         cells = [
             f"{_number(e.mean)} [quiet]{escape(f'[{_number(e.low)}, {_number(e.high)}]')}[/]" for e in pair

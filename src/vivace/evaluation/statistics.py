@@ -293,6 +293,26 @@ def ratio_of_medians(
     return Interval(math.exp(ratio), low, high, n, how)
 
 
+def median_interval(
+    values: Sequence[float], *, confidence: float = 0.95, draws: int = DRAWS, seed: int = 0
+) -> Interval:
+    """Interval of the median of timed runs, symmetric in the logarithm; Student's below `FEW_RUNS` runs."""
+    logs = np.log(np.asarray(values, dtype=np.float64))
+    n = len(logs)
+    if n == 0:
+        return Interval(math.nan, math.nan, math.nan, 0, "no runs")
+    middle = float(np.median(logs))
+    if n < FEW_RUNS:
+        reach, how = _t_reach(logs, None, confidence), "median; t interval of log seconds"
+    else:
+        drawn = np.median(logs[np.random.default_rng(seed).integers(n, size=(draws, n))], axis=1)
+        reach, how = _reach(drawn, middle, confidence), f"median; bootstrap over runs, {draws} draws"
+    low, high = (
+        (math.exp(middle - reach), math.exp(middle + reach)) if math.isfinite(reach) else (math.nan, math.nan)
+    )
+    return Interval(float(np.median(values)), low, high, n, how)
+
+
 def _medians_by_prompt(values: np.ndarray, prompts: np.ndarray, draws: int, seed: int) -> np.ndarray:
     """Medians of the runs of drawn prompts; the same prompts for the same seed."""
     members = [values[prompts == p] for p in range(int(prompts.max()) + 1)]
@@ -342,6 +362,7 @@ __all__ = [
     "estimate",
     "holm",
     "mean_interval",
+    "median_interval",
     "plain",
     "prompt_means",
     "prompts_needed",
