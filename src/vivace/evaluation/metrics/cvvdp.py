@@ -134,6 +134,8 @@ def _code() -> ModuleType:
         "pycvvdp": front,
         "torchvision": ModuleType("torchvision"),
         "torchvision.transforms": _module("torchvision.transforms", GaussianBlur=_GaussianBlur),
+        # Not used, and it would load the compiler's set-up tools, which replace parts of the standard library.
+        "torch.utils.benchmark": ModuleType("torch.utils.benchmark"),
         # Pictures and videos of intermediate results, never asked for here.
         "pycvvdp.dump_channels": _module("pycvvdp.dump_channels", DumpChannels=None),
         "pycvvdp.visualize_diff_map": _module("pycvvdp.visualize_diff_map", visualize_diff_map=None),
@@ -160,7 +162,11 @@ def _borrowed(stand_ins: dict[str, ModuleType]) -> Iterator[None]:
 
     ours = ("pycvvdp", "torchvision", "interp", "third_party")
     path = list(sys.path)
-    before = {name: m for name, m in sys.modules.items() if name.split(".")[0] in ours}
+
+    def table() -> dict[str, ModuleType]:
+        return {n: m for n, m in sys.modules.items() if n in stand_ins or n.partition(".")[0] in ours}
+
+    before = table()
     for name in before:
         del sys.modules[name]
     sys.modules.update(stand_ins)
@@ -170,7 +176,7 @@ def _borrowed(stand_ins: dict[str, ModuleType]) -> Iterator[None]:
             yield
     finally:
         sys.path[:] = path
-        for name in [n for n in sys.modules if n.split(".")[0] in ours]:
+        for name in table():
             del sys.modules[name]
         sys.modules.update(before)
 
