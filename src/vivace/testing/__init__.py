@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vivace.testing.case import Case, ContractViolation, NotApplicable
     from vivace.testing.contract import Report, Verdict, check_technique, technique_checks
     from vivace.testing.kernel_checks import check_kernel
-    from vivace.testing.metric_checks import check_metric, metric_checks
+    from vivace.testing.metric_checks import check_metric
 
 _HOMES = {
     "Case": "vivace.testing.case",
@@ -25,7 +25,6 @@ _HOMES = {
     "check_kernel": "vivace.testing.kernel_checks",
     "check_metric": "vivace.testing.metric_checks",
     "check_technique": "vivace.testing.contract",
-    "metric_checks": "vivace.testing.metric_checks",
     "technique_checks": "vivace.testing.contract",
 }
 
@@ -39,7 +38,6 @@ __all__ = [
     "check_kernel",
     "check_metric",
     "check_technique",
-    "metric_checks",
     "technique_checks",
 ]
 

@@ -36,7 +36,7 @@ def check_metric(
     Args:
         metric: the class; it must take `device` alone.
         device: where its networks run.
-        clips: uint8 `(B, T, H, W, 3)`, B >= 3, with `prompts`, B of them; rendered when left out.
+        clips: uint8 `(B, T, H, W, 3)`, B >= 3, with `prompts`, B of them; small renders, not square, when left out.
         only: names of checks (`metric_checks()`); all when empty.
         tolerance: largest difference of values that ought to be equal, relative to the series' values.
 
