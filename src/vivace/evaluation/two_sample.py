@@ -97,21 +97,20 @@ class Scaling:
         return ((table - self.centre) / self.spread).clip(-self.clip, self.clip)
 
 
-def robust_scaling(reference: np.ndarray, floor: np.ndarray | float, clip: float = CLIP) -> Scaling:
-    """Median and interquartile range (as a normal's standard deviation) of the reference (N, D).
+def robust_scaling(table: np.ndarray, floor: np.ndarray | float, clip: float = CLIP) -> Scaling:
+    """Median and interquartile range (as a normal's standard deviation) of a table (N, D).
 
-    `floor`: the least spread, (D,) or one number, positive. A feature that is constant in the reference would otherwise
-    turn the smallest departure into an infinite one.
+    Scale by both sets together: with a scale from one of them the test rejects too often where N is small, since that
+    set fits its own scale. A metric with known units does better with fixed numbers.
+
+    Args:
+        table: rows of both sets.
+        floor: the least spread, (D,) or one number, positive. A feature that is constant in the table would otherwise
+            turn the smallest departure into an infinite one.
+        clip: largest scaled value.
     """
-    low, middle, high = np.quantile(reference, (0.25, 0.5, 0.75), axis=0)
+    low, middle, high = np.quantile(table, (0.25, 0.5, 0.75), axis=0)
     return Scaling(middle, np.maximum((high - low) / IQR_OF_NORMAL, floor), clip)
-
-
-def standard_scaling(reference: np.ndarray, clip: float = CLIP, least: float = 0.1) -> Scaling:
-    """Mean and standard deviation of the reference (N, D); no spread is below `least` of their root mean square."""
-    spread = reference.std(axis=0)
-    floor = max(least * float(np.sqrt((spread**2).mean())), 1e-12)
-    return Scaling(reference.mean(axis=0), np.maximum(spread, floor), clip)
 
 
 def paired_tables(
@@ -231,5 +230,4 @@ __all__ = [
     "pairs",
     "polynomial_kernel",
     "robust_scaling",
-    "standard_scaling",
 ]

@@ -104,7 +104,7 @@ class MotionEnergy(SetMetric):
             "reverse",
             "wrong_motion",
         ),
-        blind_to=("blur", "colour_shift", "wrong_colour", "wrong_clip"),
+        blind_to=("blur", "colour_shift", "wrong_clip"),
         packages=("cv2",),
         cite="doi:10.1016/j.jspi.2013.03.018",
         symmetric=True,
