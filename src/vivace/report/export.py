@@ -37,8 +37,8 @@ def markdown(board: Board) -> str:
         parts.append(f"```\n{board['command']}\n```")
     parts.append(
         "Brackets are 95 % intervals; the unit of analysis is the prompt. Speed-ups are ratios of medians to the exact "
-        "run of the same task on the same machine. The verdict is about the paired difference to the exact run, against "
-        "the margin that was stated before."
+        "run of the same task on the same machine. The verdict is about the paired difference to the exact run, "
+        "against the margin that was stated before."
     )
     places = dict.fromkeys((row["task"], row["environment"], row["model"]["name"]) for row in board["rows"])
     for task, environment, model in places:
@@ -86,12 +86,11 @@ def write_csv(board: Board, path: str | Path) -> Path:
     return target
 
 
-def write_parquet(board: Board, path: str | Path) -> Path:
-    """Writes the long table as Parquet, typed by `COLUMNS`.
+def parquet_bytes(board: Board) -> bytes:
+    """The long table as a Parquet file, typed by `COLUMNS`.
 
     Raises:
         UnavailableError: pyarrow is absent.
-        OutputError: the file cannot be written.
     """
     try:
         import pyarrow
@@ -100,9 +99,21 @@ def write_parquet(board: Board, path: str | Path) -> Path:
         raise UnavailableError("a Parquet file needs pyarrow; pip install 'vivace[eval]'.") from error
     kinds = {str: pyarrow.string(), float: pyarrow.float64(), int: pyarrow.int64()}
     schema = pyarrow.schema([(name, kinds[kind]) for name, kind in COLUMNS.items()])
-    target = Path(path)
+    out = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(csv_rows(board), schema=schema), out)
+    return out.getvalue()
+
+
+def write_parquet(board: Board, path: str | Path) -> Path:
+    """Writes the long table as Parquet.
+
+    Raises:
+        UnavailableError: pyarrow is absent.
+        OutputError: the file cannot be written.
+    """
+    target, data = Path(path), parquet_bytes(board)
     try:
-        parquet.write_table(pyarrow.Table.from_pylist(csv_rows(board), schema=schema), target)
+        target.write_bytes(data)
     except OSError as error:
         raise _unwritten(target, error) from error
     return target
@@ -193,6 +204,10 @@ def _lines(row: Mapping[str, Any], series: Mapping[str, Mapping[str, Any]]) -> I
                 "note": f"matched by {matched['by']}",
             }
             yield {"quantity": name, **facts, **_facts(series, name), **_pair(pair)}
+
+
+def _ratio(name: str, better: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    return {"section": "cost", "quantity": name, "better": better, "against": "exact", **_value(value)}
 
 
 def _facts(series: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:

@@ -136,9 +136,9 @@ def _summary(board: Board) -> str:
     names = {row["contender"]["name"] for row in board["rows"] if row["contender"]["kind"] not in join.PINNED}
     machines = [e["label"] for e in board["environments"]]
     where = " and ".join(filter(None, (", ".join(machines[:-1]), machines[-1] if machines else "")))
-    count = len(board["tasks"])
+    tasks = f"{len(board['tasks'])} task{'s' if len(board['tasks']) != 1 else ''}"
     return (
-        f"{len(names)} ways to make the same clips faster, against the exact run, on {count} task{'s' if count != 1 else ''}"
+        f"{len(names)} ways to make the same clips faster, against the exact run, on {tasks}"
         f"{', measured on ' + where if where else ''}."
     )
 

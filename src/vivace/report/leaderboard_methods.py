@@ -109,16 +109,16 @@ def title_of(contender: Mapping[str, Any]) -> tuple[str, str]:
     base, _, knob = name.partition("@")
     title = contender.get("label") or (base.rpartition(".")[2] if kind == "peer" else base)
     package = " ".join(p for p in (contender.get("package"), contender.get("package_version")) if p)
-    parts = (package or ("plan" if kind == "plan" else ""), contender.get("knob") or knob)
+    parts = (contender.get("knob") or knob, package or ("plan" if kind == "plan" else ""))
     return title, ", ".join(p for p in parts if p)
 
 
 def shown_series(board: Board) -> list[str]:
-    """The series of the quality columns to begin with: favourites, else the first of each group."""
+    """The three or four series of the quality columns to begin with: favourites, else the first of each group."""
     measured = {name for row in board["rows"] for name in row.get("quality") or {}}
     named = [name for name in board["series"] if name in measured]
     if first := [name for name in FAVOURITES if name in named]:
-        return first
+        return first[:3]
     groups: dict[str, list[str]] = {}
     for name in named:
         groups.setdefault(board["series"][name]["group"], []).append(name)
@@ -149,7 +149,7 @@ def headline(board: Board) -> list[dict[str, str]]:
     if judge:
         series = board["series"][judge]
         passed = [n for n in rivals if _verdict(quality[n], judge) in PASSED and speed(n) > 0]
-        label = f"Fastest, {series['title'].lower()} not inferior"
+        label = "Fastest that is not inferior"
         if best := max(passed, key=speed, default=None):
             title = title_of(quality[best]["contender"])[0]
             found_speed = text(time[best]["speed_up"], units.TIMES)
@@ -157,7 +157,7 @@ def headline(board: Board) -> list[dict[str, str]]:
                 {
                     "label": label,
                     "value": units.factor(speed(best)),
-                    "note": f"{title}: {found_speed}, within {series['margin']:g} of exact",
+                    "note": f"{title}: {found_speed}; {series['title'].lower()} within {series['margin']:g} of exact",
                     "method": best,
                 }
             )
@@ -166,7 +166,7 @@ def headline(board: Board) -> list[dict[str, str]]:
                 {
                     "label": label,
                     "value": "none",
-                    "note": f"no contender is shown to stay within {series['margin']:g} of exact",
+                    "note": f"no {series['title'].lower()} is shown to stay within {series['margin']:g} of exact",
                     "method": "",
                 }
             )
@@ -177,11 +177,12 @@ def headline(board: Board) -> list[dict[str, str]]:
         quick = [n for n in rivals if speed(n) >= 2 and _number(quality[n], fidelity) is not None]
         if near := max(quick, key=lambda n: sign * (_number(quality[n], fidelity) or 0), default=None):
             unit = f"{units.SPACE}{series['unit']}" if series["unit"] else ""
+            title = title_of(quality[near]["contender"])[0]
             cards.append(
                 {
                     "label": f"Nearest to exact at 2{units.TIMES} or more",
                     "value": units.number(_number(quality[near], fidelity)) + unit,
-                    "note": f"{title_of(quality[near]['contender'])[0]}: {series['title']}, {units.factor(speed(near))} faster",
+                    "note": f"{title}: {series['title']}, {units.factor(speed(near))}",
                     "method": near,
                 }
             )
@@ -197,11 +198,16 @@ def headline(board: Board) -> list[dict[str, str]]:
             {
                 "label": "Prompts",
                 "value": units.number(task["prompts"]),
-                "note": f"{task.get('per_prompt', 1)} clip(s) each on {task['name']}; the prompt is the unit of every interval",
+                "note": f"{_clips(task)} each on {task['name']}; the prompt is the unit of every interval",
                 "method": "",
             }
         )
     return cards
+
+
+def _clips(task: Mapping[str, Any]) -> str:
+    count = task.get("per_prompt") or 1
+    return "one clip" if count == 1 else f"{count} clips"
 
 
 def _at(board: Board, model: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from vivace.report.units import MISSING, SPACE, number
+from vivace.report.units import MISSING, SPACE
 
 INFINITE = "\N{INFINITY}"
 MINUS = "\N{MINUS SIGN}"
@@ -36,7 +36,7 @@ def main(value: Value | None, unit: str = "", signed: bool = False) -> str:
     if value is None or value.get("value") is None:
         return MISSING
     if isinstance(value["value"], str):
-        return INFINITE if value["value"] == "inf" else f"{MINUS}{INFINITE}"
+        return _fixed(value["value"], 0, signed)
     return _fixed(value["value"], _digits(value), signed) + _unit(unit)
 
 
@@ -62,12 +62,13 @@ def p_text(p: float | None) -> str:
 
 def _digits(value: Value) -> int:
     centre = value["value"] if isinstance(value["value"], (int, float)) else 0.0
-    return decimals(centre, value.get("low"), value.get("high"))
+    low, high = (v if isinstance(v, (int, float)) else None for v in (value.get("low"), value.get("high")))
+    return decimals(centre, low, high)
 
 
-def _fixed(value: float, digits: int, signed: bool) -> str:
-    if not math.isfinite(value):
-        return number(value)
+def _fixed(value: float | str, digits: int, signed: bool) -> str:
+    if isinstance(value, str):
+        return INFINITE if value == "inf" else f"{MINUS}{INFINITE}"
     words = f"{abs(value):,.{digits}f}"
     if value < 0 and float(words.replace(",", "")) != 0:
         return MINUS + words

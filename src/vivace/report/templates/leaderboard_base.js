@@ -33,6 +33,7 @@
   }
   function fixed(value, digits, signed = false) {
     if (value === "inf" || value === Infinity) return "\u221e";
+    if (value === "-inf" || value === -Infinity) return `${MINUS}\u221e`;
     if (!finite(value)) return MISSING;
     const text = Math.abs(value).toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
     if (value < 0 && Number(text.replaceAll(",", "")) !== 0) return MINUS + text;
@@ -40,11 +41,12 @@
   }
   const unitText = (unit) => (unit ? (/^[\p{L}\d]/u.test(unit) ? SPACE + unit : unit) : "");
   const digitsOf = (v) => decimals(finite(v.value) ? v.value : 0, v.low, v.high);
-  const number = (x) => fixed(x, decimals(x));
+  const number = (x) => fixed(x, finite(x) ? decimals(x) : 0);
   const bare = (v, unit = "", signed = false) =>
     !v || v.value === null || v.value === undefined ? MISSING : finite(v.value) ? fixed(v.value, digitsOf(v), signed) + unitText(unit) : fixed(v.value, 0);
+  const missing = (x) => x === null || x === undefined;
   const range = (v, signed = false) =>
-    !v || !finite(v.low) || !finite(v.high) ? "" : `[${fixed(v.low, digitsOf(v), signed)}, ${fixed(v.high, digitsOf(v), signed)}]`;
+    !v || missing(v.low) || missing(v.high) ? "" : `[${fixed(v.low, digitsOf(v), signed)}, ${fixed(v.high, digitsOf(v), signed)}]`;
   const full = (v, unit = "", signed = false) => `${bare(v, unit, signed)} ${range(v, signed)}`.trim();
   const times = (v, by) => v && { ...v, value: v.value * by, ...(finite(v.low) ? { low: v.low * by, high: v.high * by } : {}) };
   function prefixed(value, base, names) {
@@ -134,6 +136,16 @@
     };
   })();
   const route = (id) => `#/method/${encodeURIComponent(id)}`;
+  /** The fewer-step control of a row in words: "exact, 18 steps", or "8 to 18 steps" where it lies between two runs. */
+  const controlTitle = (row) => {
+    const name = row.matched.contender, found = methodAt(methods_(row).model, name);
+    if (found) return found.title;
+    const steps = name.split(" .. ").map((part) => (part.startsWith("steps=") ? part.slice(6) : (part === "exact" && data.tasks[row.task]?.steps) || part));
+    return steps.length === 2 ? `exact, ${steps.join(" to ")} steps` : name;
+  };
+  const owners = new Map(data.methods.flatMap((method) => method.rows.map((id) => [id, method])));
+  const methods_ = (row) => owners.get(row.id);
+  const anchorAt = (row) => data.anchors.find((a) => a.task === row.task && a.environment === row.environment && (!a.model || a.model === models.get(methods_(row).model).name));
   const title = (name) => data.series[name]?.title || name;
   const unit = (name) => data.series[name]?.unit || "";
   const arrow = (name) => ({ higher: "\u2191", lower: "\u2193" })[data.series[name]?.better] || "=";
@@ -148,6 +160,6 @@
   Object.assign(V, {
     data, el, svg, pick, finite, decimals, fixed, number, bare, range, full, times, bytes, flops, seconds, secondsText, percent, p, unitText,
     FAMILIES, KINDS, familyClass, shape, mark, chip, tip: { place, hide }, methods, models, rowAt, methodAt, sourceText: place_, memoryOf, samplesOf,
-    route, title, unit, arrow, about, MISSING, TIMES, SPACE,
+    ownerOf: methods_, controlTitle, anchorAt, missing, route, title, unit, arrow, about, MISSING, TIMES, SPACE,
   });
 })();

@@ -5,8 +5,7 @@
   let player = null, current = null;
 
   const exactAt = (row) => Object.values(data.rows).find((r) => r.task === row.task && r.environment === row.environment && ownerOf(r).kind === "exact" && ownerOf(r).model === ownerOf(row).model);
-  const owners = new Map(data.methods.flatMap((m) => m.rows.map((id) => [id, m])));
-  const ownerOf = (row) => owners.get(row.id);
+  const { ownerOf } = V;
   const panel = (title, id, ...children) => el("section", { class: "panel", id, "aria-label": title }, el("h2", {}, title), children);
   const list = (pairs) => el("dl", { class: "environment" }, pairs.map(([name, text]) => el("div", {}, el("dt", {}, name), el("dd", {}, text))));
 
@@ -18,7 +17,7 @@
     if (finite(speed?.value)) parts.push(`${bare(speed.value >= 1 ? speed : { value: 1 / speed.value }, V.TIMES)} ${speed.value >= 1 ? "faster" : "slower"} than the exact run`);
     if (finite(share?.value)) parts.push(`${V.percent(share.value)} of its FLOPs`);
     const pair = facts.quality?.paired?.[state.judge];
-    const said = pair && { better: "better than exact", "non-inferior": "not inferior", equivalent: "equivalent", worse: "worse, the margin not excluded", inferior: "inferior", undecided: "undecided" }[pair.verdict];
+    const said = pair && { better: "better than exact", "non-inferior": "not inferior", equivalent: "equivalent", worse: "worse, and a loss beyond the margin is not ruled out", inferior: "inferior", undecided: "undecided" }[pair.verdict];
     const verdict = said ? ` ${V.title(state.judge)}: ${said}.` : "";
     return parts.length ? `${parts.join(", with ")}.${verdict}` : `Measured beside the exact run.${verdict}`;
   }
@@ -55,7 +54,7 @@
     const shortfalls = rows.filter((r) => r.timing?.shortfall).map((r) => el("li", {}, `${V.sourceText(r)}: ${r.timing.shortfall}.`));
     return panel("Cost", "cost", bars(timed),
       el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Cost" }, el("table", { class: "facts-table" },
-        el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "One clip"), rows.map((r) => el("th", { scope: "col" }, el("b", {}, r.task), el("span", { class: "interval" }, `${data.environments[r.environment]?.label || r.environment}${r.dtype ? `, ${r.dtype}` : ""}`))))),
+        el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Counts of one clip, seconds of one call"), rows.map((r) => el("th", { scope: "col" }, el("b", {}, r.task), el("span", { class: "interval" }, `${data.environments[r.environment]?.label || r.environment}${r.dtype ? `, ${r.dtype}` : ""}`))))),
         el("tbody", {}, body.map(([name, cells]) => el("tr", {}, el("th", { scope: "row" }, name), cells.map((c) => (c ? el("td", {}, el("span", { class: "main" }, c[0]), c[1] && el("span", { class: "interval" }, c[1])) : el("td", { class: "none" }, V.MISSING)))))))),
       shortfalls.length > 0 && el("ul", { class: "fine" }, shortfalls));
   }
@@ -71,10 +70,10 @@
   }
 
   function quality(row) {
-    const exact = exactAt(row), control = row.matched, controlMethod = control && V.methodAt(ownerOf(row).model, control.contender);
+    const exact = exactAt(row), control = row.matched;
     const names = Object.keys(data.series).filter((n) => row.quality?.[n]);
     const isExact = exact?.id === row.id;
-    const head = ["Series", ownerOf(row).title, ...(isExact ? [] : ["Exact", "Difference to exact", "Verdict", "Holm p", "Normalised"]), ...(control ? [`Against ${controlMethod?.title || control.contender}`] : [])];
+    const head = ["Series", ownerOf(row).title, ...(isExact ? [] : ["Exact", "Difference to exact", "Verdict", "Holm p", "Normalised"]), ...(control ? [`Against ${V.controlTitle(row)}`] : [])];
     const cell = (v, unit, signed) => (v && v.value !== null && v.value !== undefined ? el("td", {}, el("span", { class: "main" }, bare(v, unit, signed)), el("span", { class: "interval" }, range(v, signed))) : el("td", { class: "none" }, V.MISSING));
     const scale = (v) => finite(v?.value) ? el("td", {}, el("span", { class: "main" }, bare(v)), el("span", { class: "gauge", "aria-hidden": "true" }, el("span", { style: `width:${Math.min(100, Math.max(0, v.value * 100))}%` }))) : el("td", { class: "none" }, V.MISSING);
     const line = (name) => {
@@ -140,32 +139,35 @@
     const size = Math.min(width, 520), left = 56, right = 14, top = 12, bottom = 48, inner = [size - left - right, size - top - bottom];
     const all = dots.flatMap((d) => (name ? [d.x, d.y] : [d.y]));
     let low = Math.min(...all), high = Math.max(...all);
-    const pad = (high - low || Math.abs(high) || 1) * 0.06;
+    const pad = (high - low || Math.abs(high) || 1) * 0.07;
     [low, high] = [low - pad, high + pad];
+    const [ticks, digits] = V.ticksLinear(low, high, 5);
     const place = new Map([...dots].sort((a, b) => a.y - b.y).map((d, i) => [d.key, dots.length > 1 ? i / (dots.length - 1) : 0.5]));
     const x = (d) => left + inner[0] * (name ? (d.x - low) / (high - low) : place.get(d.key)), y = (v) => top + inner[1] * (1 - (v - low) / (high - low));
-    const step = (high - low) / 4, digits = V.decimals(step, 0, step * 0.8);
-    const ticks = [0.5, 1.5, 2.5, 3.5].map((k) => low + step * k);
-    // Equal values would hide each other: a little spread by the prompt's number, never across a tick.
-    const spread = (key, by) => { const h = Math.sin((Number(key) + 1) * 12.9898 * by) * 43758.5453; return (h - Math.floor(h) - 0.5) * (data.series[series].binary || crowded ? 9 : 0); };
-    const crowded = new Set(dots.map((d) => `${d.x} ${d.y}`)).size < dots.length * 0.8;
+    // Equal values would hide each other: those of one place are laid out as the seeds of a sunflower.
+    const met = new Map();
+    for (const d of dots) {
+      const at = `${d.x} ${d.y}`, index = met.get(at) || 0;
+      met.set(at, index + 1);
+      [d.dx, d.dy] = [Math.cos(2.4 * index) * 4.6 * Math.sqrt(index), Math.sin(2.4 * index) * 4.6 * Math.sqrt(index)];
+    }
     return svg("svg", { class: "scatter", viewBox: `0 0 ${size} ${size}`, width: size, height: size, role: "group", "data-plot": "prompts", "aria-label": `${V.title(series)} by prompt` },
       ticks.map((v) => svg("g", {}, svg("line", { class: "grid", x1: left, x2: size - right, y1: y(v), y2: y(v) }), svg("text", { class: "tick y", x: left - 8, y: y(v) }, V.fixed(v, digits)), name && svg("text", { class: "tick", x: left + inner[0] * (v - low) / (high - low), y: size - bottom + 18 }, V.fixed(v, digits)))),
       name && svg("line", { class: "equal-line", x1: left, y1: size - bottom, x2: size - right, y2: top }),
       svg("line", { class: "axis", x1: left, x2: size - right, y1: size - bottom, y2: size - bottom }),
       svg("text", { class: "axis-name", x: left + inner[0] / 2, y: size - 8 }, name ? `${name}: ${V.title(series)}` : "prompts, sorted"),
       svg("text", { class: "axis-name", transform: `translate(13 ${top + inner[1] / 2}) rotate(-90)` }, ownerOf(row).title),
-      dots.map((d) => { const clip = clipOf(row, d.key); return svg("circle", { class: `prompt-dot ${V.familyClass(ownerOf(row))} ${clip ? "has-clip" : ""}`, "data-key": d.key, r: clip ? 6 : 4.2, cx: x(d) + spread(d.key, 1), cy: y(d.y) + spread(d.key, 2), "data-tip": `${d.prompt}\n${ownerOf(row).title} ${V.number(d.y)}${V.unitText(V.unit(series))}${name ? `\n${name} ${V.number(d.x)}${V.unitText(V.unit(series))}` : ""}${clip ? "\nclick to play" : ""}`, onclick: clip ? () => jump(row, clip) : null }); }));
+      dots.map((d) => { const clip = clipOf(row, d.key); return svg("circle", { class: `prompt-dot ${V.familyClass(ownerOf(row))} ${clip ? "has-clip" : ""}`, "data-key": d.key, r: clip ? 5.4 : 4, cx: x(d) + (name ? d.dx : 0), cy: y(d.y) + (name ? d.dy : 0), "data-tip": `${d.prompt}\n${ownerOf(row).title} ${V.number(d.y)}${V.unitText(V.unit(series))}${name ? `\n${name} ${V.number(d.x)}${V.unitText(V.unit(series))}` : ""}${clip ? "\nclick to play" : ""}`, onclick: clip ? () => jump(row, clip) : null }); }));
   }
 
   function worst(dots, row, name, series, plain) {
     const unit = V.unit(series), task = data.tasks[row.task], value = (v) => `${V.number(v)}${V.unitText(unit)}`;
     const any = dots.some((d) => clipOf(row, d.key));
-    return el("table", { class: "facts-table" }, el("thead", {}, el("tr", {}, any && el("th", {}, "Clip"), el("th", {}, "Prompt"), el("th", {}, ownerOf(row).title), name && el("th", {}, name), name && !plain && el("th", {}, "Difference"))),
+    return el("table", { class: "facts-table" }, el("thead", {}, el("tr", {}, el("th", { class: "prompt" }, "Prompt"), any && el("th", { "aria-label": "Clip" }), el("th", {}, ownerOf(row).title), name && el("th", {}, name), name && !plain && el("th", {}, "Difference"))),
       el("tbody", {}, dots.map((d) => {
         const clip = clipOf(row, d.key);
-        return el("tr", { "data-key": d.key }, any && el("td", {}, clip && el("button", { type: "button", class: "thumb-button", "aria-label": `Play: ${d.prompt}`, onclick: () => jump(row, clip) }, V.thumbnail(row.clips[clip], task))),
-          el("th", { scope: "row" }, d.prompt), el("td", {}, value(d.y)), name && el("td", {}, value(d.x)), name && !plain && el("td", {}, V.fixed(d.y - d.x, V.decimals(d.y - d.x), true)));
+        return el("tr", { "data-key": d.key }, el("th", { scope: "row", class: "prompt" }, d.prompt), any && el("td", {}, clip && el("button", { type: "button", class: "thumb-button", "aria-label": `Play: ${d.prompt}`, onclick: () => jump(row, clip) }, V.thumbnail(row.clips[clip], task))),
+          el("td", {}, value(d.y)), name && el("td", {}, value(d.x)), name && !plain && el("td", {}, V.fixed(d.y - d.x, V.decimals(d.y - d.x), true)));
       })));
   }
 
@@ -220,7 +222,7 @@
     }
     host.replaceChildren(...[
       el("p", { class: "back" }, el("a", { href: "#/" }, "\u2190 All methods")),
-      el("header", { class: "masthead" }, el("p", { class: "eyebrow" }, V.mark(method), [V.KINDS[method.kind], method.family, method.subtitle].filter((t, i, a) => t && a.indexOf(t) === i).join(" \u00b7 "), data.models.length > 1 && ` \u00b7 ${V.models.get(method.model).label}`), el("h1", {}, method.title), el("p", { class: "verdict" }, lead(method, facts)),
+      el("header", { class: "masthead" }, el("p", { class: "eyebrow" }, V.mark(method), [V.KINDS[method.kind], method.family, method.kind === "plan" ? method.knob : method.subtitle].filter((t, i, a) => t && a.indexOf(t) === i).join(" \u00b7 "), data.models.length > 1 && ` \u00b7 ${V.models.get(method.model).label}`), el("h1", {}, method.title), el("p", { class: "verdict" }, lead(method, facts)),
         siblings.length > 0 && el("p", { class: "siblings" }, "Same method: ", siblings.map((m) => el("a", { class: "chip", href: V.route(m.id) }, m.knob || m.title)))),
       (method.notes.length > 0 || warnings.length > 0) && el("section", { class: "warnings", "aria-label": "Notes" }, el("h2", {}, "What to know"), el("ul", {}, method.notes.map((t) => el("li", {}, t)), warnings.map((t) => el("li", {}, t)))),
       shown?.node, cards(method, facts), row && holder, costs(method),

@@ -24,7 +24,7 @@
   function front(list, from) {
     const better = data.series[state.y].better;
     if (better === "same") return [];
-    const known = data.fronts.find((f) => f.cost === state.x && f.series === state.y && [from.quality, COSTS[state.x].measured ? from.time : from.quality].every((s) => s && f.task === s.task && f.environment === s.environment));
+    const known = frontOf(from);
     const sign = better === "lower" ? -1 : 1;
     if (known) {
       const inside = new Set(known.points.filter((p) => p.front).map((p) => p.row));
@@ -106,6 +106,7 @@
     return out;
   }
 
+  V.ticksLinear = ticksLinear;
   V.drawPlot = () => {
     const host = document.getElementById("plot"), from = V.sources(model());
     const available = V.judges().filter((name) => from.quality && data.methods.some((m) => m.model === model().id && finite(V.rowAt(m, from.quality)?.quality?.[name]?.value)));
@@ -120,7 +121,8 @@
     document.getElementById("plot-picks").replaceChildren(
       pick("Cost", "plot-x", costs.map((key) => [COSTS[key].title, key]), state.x, redraw("x")),
       pick("Quality", "plot-y", available.map((name) => [V.title(name), name]), state.y, redraw("y")));
-    const where = COSTS[state.x].measured && from.time ? `Cost from ${V.sourceText(from.time)}; quality` : "Cost and quality";
+    const apart = COSTS[state.x].measured && from.time && V.sourceText(from.time) !== V.sourceText(from.quality);
+    const where = apart ? `Cost from ${V.sourceText(from.time)}; quality` : "Cost and quality";
     document.getElementById("plot-about").textContent = `${where} from ${V.sourceText(from.quality)}. Boxes are intervals; select a point to open its page.`;
 
     const list = points(from);
@@ -129,7 +131,7 @@
       return;
     }
     const width = Math.max(300, host.clientWidth), narrow = width < 620;
-    const found = data.anchors.find((a) => a.task === from.quality.task && a.environment === from.quality.environment);
+    const found = V.anchorAt(list[0].quality);
     const bands = ["floor", "seed"].map((kind) => ({ kind, ...(found?.[kind]?.[state.y] || {}) })).filter((b) => finite(b.value));
     const at = scales(list, bands, width, narrow), best = front(list, from), marked = new Set(best);
     const [yTicks, digits] = at.yTicks;
@@ -139,14 +141,14 @@
     const picture = svg("svg", { class: "scatter", viewBox: `0 0 ${width} ${HEIGHT}`, width, height: HEIGHT, role: "group", "data-plot": "pareto", "aria-label": `${V.title(state.y)} against ${COSTS[state.x].title}, ${list.length} contenders` });
     picture.append(
       ...yTicks.map((v) => svg("g", {}, svg("line", { class: "grid", x1: at.left, x2: at.right, y1: at.y(v), y2: at.y(v) }), svg("text", { class: "tick y", x: at.left - 9, y: at.y(v) }, V.fixed(v, digits)))),
-      ...at.xTicks.map((v) => svg("g", {}, svg("line", { class: "grid", x1: at.x(v), x2: at.x(v), y1: at.top, y2: at.bottom }), svg("text", { class: "tick", x: at.x(v), y: at.bottom + 19 }, COSTS[state.x].text(v)))),
+      ...at.xTicks.map((v) => svg("g", {}, svg("line", { class: "grid", x1: at.x(v), x2: at.x(v), y1: at.top, y2: at.bottom }), svg("text", { class: "tick", x: at.x(v), y: at.bottom + 19 }, COSTS[state.x].text(v).replace(/(\.\d*?)0+(?=\D|$)/, "$1").replace(/\.(?=\D|$)/, "")))),
       svg("line", { class: "axis", x1: at.left, x2: at.right, y1: at.bottom, y2: at.bottom }),
       svg("text", { class: "axis-name", x: (at.left + at.right) / 2, y: HEIGHT - 8 }, `${COSTS[state.x].title}, log scale \u2190 cheaper`),
       svg("text", { class: "axis-name", transform: `translate(14 ${(at.top + at.bottom) / 2}) rotate(-90)` }, `${V.title(state.y)}${V.unit(state.y) ? ` (${V.unit(state.y)})` : ""} ${ways[data.series[state.y].better]}`));
     for (const band of bands) {
       if (at.y(band.value) < at.top || at.y(band.value) > at.bottom) continue;
       const [a, b] = [clampY(band.high ?? band.value), clampY(band.low ?? band.value)];
-      picture.append(svg("g", { class: `band band-${band.kind}` }, svg("rect", { x: at.left, width: at.right - at.left, y: Math.min(a, b), height: Math.max(1.5, Math.abs(b - a)) }), svg("text", { x: at.right + (narrow ? -4 : 8), y: at.y(band.value) + (narrow ? -6 : 4), class: narrow ? "end" : "" }, V.KINDS[band.kind])));
+      picture.append(svg("g", { class: `band band-${band.kind}` }, svg("rect", { x: at.left, width: at.right - at.left, y: Math.min(a, b), height: Math.abs(b - a) }), svg("line", { x1: at.left, x2: at.right, y1: at.y(band.value), y2: at.y(band.value) }), svg("text", { x: narrow ? at.left + 5 : at.right + 8, y: at.y(band.value) + (narrow ? -5 : 4) }, V.KINDS[band.kind])));
     }
     const groups = Map.groupBy ? Map.groupBy(list, (p) => p.method.group) : list.reduce((map, p) => map.set(p.method.group, [...(map.get(p.method.group) || []), p]), new Map());
     for (const members of groups.values()) {
@@ -181,9 +183,12 @@
       hasFront ? el("li", {}, svg("svg", { viewBox: "0 0 22 12", class: "line-icon", "aria-hidden": "true" }, svg("path", { class: "front", d: "M1,10H8V3H21" })), "front: nobody is cheaper and better") : "");
   }
 
+  const equal = (found) => (found && finite(found.ratio?.value) ? `; ${full(found.ratio, V.TIMES)} cheaper at ${V.number(found.quality)}${V.unitText(V.unit(state.y))}` : "");
+  const frontOf = (from) => data.fronts.find((f) => f.cost === state.x && f.series === state.y && (!f.model || f.model === model().name)
+    && [from.quality, COSTS[state.x].measured ? from.time : from.quality].every((s) => s && f.task === s.task && f.environment === s.environment));
   function notes(from) {
-    const known = data.fronts.find((f) => f.cost === state.x && f.series === state.y && f.task === from.quality.task && f.environment === from.quality.environment);
-    const lines = (known?.areas || []).map((area) => el("li", {}, el("b", {}, `${area.a} over ${area.b}: ${full(area, V.unit(state.y), true)}`), area.note ? `, ${area.note}` : ""));
+    const known = frontOf(from);
+    const lines = (known?.areas || []).map((area) => el("li", {}, el("b", {}, `${area.a} over ${area.b === "steps" ? "fewer steps" : area.b}: ${full(area, V.unit(state.y), true)}`), area.note ? `, ${area.note}` : "", equal(area.at_equal_quality)));
     document.getElementById("plot-notes").replaceChildren(...(lines.length ? [el("h3", {}, "Mean difference between curves"), el("ul", {}, lines)] : []));
   }
 })();

@@ -3,7 +3,8 @@
   const { data, el, pick, finite, bare, range, seconds, bytes, flops, percent, chip, KINDS } = V;
   const PINNED = { exact: 0, floor: 1, seed: 2 };
   const primary = data.models[0];
-  const judges = () => Object.keys(data.series).filter((name) => data.methods.some((m) => m.rows.some((id) => data.rows[id].quality?.[name])));
+  const ordered = [...data.shown, ...Object.keys(data.series).filter((name) => !data.shown.includes(name))];
+  const judges = () => ordered.filter((name) => data.methods.some((m) => m.rows.some((id) => data.rows[id].quality?.[name])));
   const withMargin = judges().filter((name) => finite(data.series[name].margin) && data.series[name].group !== "fidelity");
   const state = V.state = {
     model: primary.id, task: "", hardware: "", family: "", kind: "", text: "",
@@ -54,17 +55,16 @@
   function matchedCell(facts) {
     const matched = facts.quality?.matched, pair = matched?.paired?.[state.judge];
     if (!pair) return el("td", { class: "none" }, facts.method.kind === "steps" ? "is the control" : V.MISSING);
-    const control = V.methodAt(facts.method.model, matched.contender);
     const tone = pair.verdict === "better" ? "good" : ["worse", "inferior"].includes(pair.verdict) ? "bad" : "";
     return el("td", {}, el("span", { class: `main ${tone}` }, bare(pair.difference, V.unit(state.judge), true)),
       el("span", { class: "interval" }, range(pair.difference, true)),
-      el("span", { class: "interval against" }, `against ${control?.title || matched.contender}`));
+      el("span", { class: "interval against", "data-tip": matched.note || null }, `against ${V.controlTitle(facts.quality)}`));
   }
   function qualityCell(name) {
     return (facts) => {
       const v = facts.quality?.quality?.[name] || anchor(facts, name);
       if (!v && facts.method.kind === "exact") return el("td", { class: "none" }, "reference");
-      const cell = measured(v, V.unit(name), chip(facts.quality?.paired?.[name], true));
+      const cell = measured(v, "", chip(facts.quality?.paired?.[name], true));
       const notes = [v?.left_out ? `${v.left_out} prompts left out (infinite or undefined)` : "", finite(v?.median) ? `median ${bare({ value: v.median })}` : "", finite(v?.worst) ? `worst ${bare({ value: v.worst })}` : ""].filter(Boolean);
       if (v && notes.length) cell.firstChild.dataset.tip = notes.join("\n");
       if (!v && facts.quality?.skipped?.[data.series[name].metric]) cell.dataset.tip = facts.quality.skipped[data.series[name].metric];
@@ -73,8 +73,7 @@
   }
   function anchor(facts, name) {
     if (!["floor", "seed"].includes(facts.method.kind) || !facts.quality) return null;
-    const found = data.anchors.find((a) => a.task === facts.quality.task && a.environment === facts.quality.environment);
-    return found?.[facts.method.kind]?.[name] || null;
+    return V.anchorAt(facts.quality)?.[facts.method.kind]?.[name] || null;
   }
 
   const number = (v) => (v === "inf" ? Infinity : finite(v) ? v : null);
@@ -84,13 +83,13 @@
     const judged = state.judge && from.quality;
     return [
       { key: "method", head: "Method", value: (f) => f.method.title.toLowerCase(), text: true },
-      { key: "speed_up", head: "Speed-up", group: group.time, tip: "Ratio of medians to the exact run on the same machine and task.", value: (f) => number(f.time?.speed_up?.value), cell: (f) => measured(f.time?.speed_up, V.TIMES) },
+      { key: "speed_up", head: "Speed-up", group: group.time, tip: "Ratio of medians to the exact run on the same machine and task.", value: (f) => number(f.time?.speed_up?.value), cell: (f) => (f.method.kind === "exact" && f.time ? plain(`1${V.TIMES}`) : measured(f.time?.speed_up, V.TIMES)) },
       { key: "seconds", head: "Seconds", group: group.time, tip: "Median of the warm runs, all stages; quartiles of the stages in the method's page.", up: true, value: (f) => number(f.time?.cost?.total?.value), cell: secondsCell },
       { key: "memory", head: "Peak memory", group: group.time, up: true, value: (f) => V.memoryOf(f.time), cell: (f) => plain(bytes(V.memoryOf(f.time)), "", f.time?.memory?.peak_allocated ? "peak allocated on the device" : "peak resident set of the process") },
       { key: "nfe", head: "NFE", group: group.counted, tip: "Network evaluations that were really made.", up: true, value: (f) => number(f.counted?.counts?.nfe), cell: (f) => plain(V.number(f.counted?.counts?.nfe)) },
       { key: "work", head: "Work", group: group.counted, tip: "FLOPs over the FLOPs of the exact run.", up: true, value: (f) => number(f.counted?.work_share?.value), cell: (f) => plain(percent(f.counted?.work_share?.value), flops(f.counted?.counts?.flops)) },
       ...judges().filter((name) => state.columns.has(name) && from.quality).map((name) => ({
-        key: `quality.${name}`, head: `${V.title(name)} ${V.arrow(name)}`, group: group.quality, tip: V.about(name), up: data.series[name].better === "lower",
+        key: `quality.${name}`, head: `${V.title(name)}${V.unit(name) ? `, ${V.unit(name)}` : ""} ${V.arrow(name)}`, group: group.quality, tip: V.about(name), up: data.series[name].better === "lower",
         value: (f) => number(f.quality?.quality?.[name]?.value), cell: qualityCell(name),
       })),
       judged && { key: "matched", head: `${V.title(state.judge)} at equal FLOPs`, group: ["Against fewer steps", ""], tip: `Paired difference of ${V.title(state.judge)} to the exact run with as many steps as cost the same FLOPs.`, up: data.series[state.judge].better === "lower", value: (f) => number(f.quality?.matched?.paired?.[state.judge]?.difference?.value), cell: matchedCell },
@@ -133,10 +132,11 @@
 
   function methodCell(facts) {
     const { method } = facts;
-    const badge = method.kind === "plan" ? el("span", { class: "badge ours" }, "ours") : method.kind in PINNED ? el("span", { class: "badge" }, KINDS[method.kind]) : method.kind === "steps" ? el("span", { class: "badge" }, "control") : null;
-    const small = method.kind in PINNED ? method.subtitle : [method.subtitle, method.family].filter(Boolean).join(", ");
-    return el("th", { scope: "row" }, V.mark(method), el("div", {}, el("a", { href: V.route(method.id) }, method.title), badge,
-      method.notes.length > 0 && el("span", { class: "badge note", "data-tip": method.notes.join("\n"), tabindex: "0" }, "note"), el("span", { class: "interval" }, small)));
+    const badges = { plan: ["ours", "badge ours"], exact: ["baseline", "badge"], steps: ["control", "badge"] };
+    const badge = badges[method.kind] && el("span", { class: badges[method.kind][1] }, badges[method.kind][0]);
+    const small = method.kind === "plan" ? [method.knob, method.techniques.join(" + ").replaceAll("_", " ") || method.subtitle].filter(Boolean).join(", ") : method.subtitle;
+    return el("th", { scope: "row" }, el("div", { class: "who", "data-tip": method.kind in PINNED || !method.family ? null : method.family }, V.mark(method), el("div", {}, el("a", { href: V.route(method.id) }, method.title), badge,
+      method.notes.length > 0 && el("span", { class: "badge note", "data-tip": method.notes.join("\n"), tabindex: "0" }, "note"), el("span", { class: "interval" }, small))));
   }
 
   function table(model) {
@@ -146,9 +146,8 @@
     const pinned = all.filter((f) => f.method.kind in PINNED).sort((a, b) => PINNED[a.method.kind] - PINNED[b.method.kind]);
     const rows = all.filter((f) => !(f.method.kind in PINNED)).sort(compare(column));
     const body = (facts, extra) => el("tr", { class: `${extra} kind-${facts.method.kind}`, "data-method": facts.method.id }, methodCell(facts), list.slice(1).map((c) => c.cell(facts)));
-    const dtypes = model.dtypes.length ? `, ${model.dtypes.join(" and ")}` : "";
     return { count: rows.length, node: el("section", { class: "board", "data-model": model.name },
-      data.models.length > 1 && el("h3", {}, model.label, el("span", { class: "aside" }, `${dtypes.slice(2)}`)),
+      data.models.length > 1 && el("h3", {}, model.label, " ", el("span", { class: "aside" }, model.dtypes.join(" and "))),
       el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `Leaderboard of ${model.label}` },
         el("table", { class: "leaderboard" }, el("thead", {}, groupRow(list), headRow(list)),
           el("tbody", { class: "pins" }, pinned.map((f) => body(f, "pinned"))), el("tbody", {}, rows.map((f) => body(f, "")))))) };
