@@ -181,3 +181,13 @@ def test_needed_prompts_decide() -> None:
         r = judge({"x": paired(d, np.zeros(len(d)), range(len(d)), margin=0.2)})["x"]
         shown += r.verdict in ("non-inferior", "better")
     assert 0.73 <= shown / 400 <= 0.87
+
+
+@pytest.mark.parametrize("n", [8, 25, 26, 200])
+@pytest.mark.parametrize("ties", [False, True])
+def test_wilcoxon_is_scipys(n: int, ties: bool) -> None:
+    rng = np.random.default_rng(n)
+    d = rng.integers(-3, 6, size=n).astype(float) if ties else rng.normal(0.2, 1, size=n)
+    method = "exact" if n <= 25 and not ties else "asymptotic"
+    wanted = stats.wilcoxon(d, zero_method="wilcox", correction=False, method=method).pvalue
+    assert paired(d, np.zeros(n), range(n)).p_wilcoxon == pytest.approx(wanted)

@@ -18,6 +18,7 @@ from vivace.evaluation.record import Record
 from vivace.evaluation.statistics import plain, prompt_means, resampling
 from vivace.evaluation.store import Store
 
+DRAWS = 4000
 NEAR = 0.1
 """A fewer-step run within this share of a contender's FLOPs is its control; else two neighbours are interpolated."""
 
@@ -62,12 +63,11 @@ def normalised(
             reasons[name] = "the anchors have no finite values for the same prompts"
             continue
         m, f, s = (np.array([t[p] for p in common]) for t in tables)
-        weights = resampling(len(common))
-        gap = weights @ (f - s)
+        above, gap = (resampling(len(common), DRAWS) @ np.stack([m - s, f - s], axis=1)).T
         if gap.min() <= 0 <= gap.max():
             reasons[name] = "the noise floor and another seed are too close to tell apart"
             continue
-        low, high = np.quantile((weights @ (m - s)) / gap, [0.025, 0.975])
+        low, high = np.quantile(above / gap, [0.025, 0.975])
         value = float((m - s).mean() / (f - s).mean())
         out[name] = {
             "value": plain(value),

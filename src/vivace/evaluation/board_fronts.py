@@ -40,20 +40,21 @@ def fronts(
         records: of one task, model and environment. Floor and seed runs are anchors, not contenders, and stay out.
         wanted: names of series.
     """
-    contenders = [r for r in records if r.contender.kind not in ("floor", "seed")]
+    contenders = {r.id: r for r in records if r.contender.kind not in ("floor", "seed")}
+    costs = {c: {i: x for i, r in contenders.items() if (x := cost_of(r, c)) is not None} for c in COSTS}
     out = []
     for name in wanted:
         about = series.get(name)
         if about is None or about["better"] == "same":
             continue
-        qualities = {r.id: q for r in contenders if (q := _quality(r, name, about)) is not None}
-        tables = {i: prompt_table(store, r, name) for r in contenders if (i := r.id) in qualities}
-        for cost in COSTS:
-            points: dict[str, Point] = {}
-            for r in contenders:
-                x = cost_of(r, cost)
-                if x is not None and r.id in qualities:
-                    points[r.id] = Point(name=r.id, x=x, y=qualities[r.id], prompts=tables[r.id])
+        qualities = {i: q for i, r in contenders.items() if (q := _quality(r, name, about)) is not None}
+        tables = {i: prompt_table(store, contenders[i], name) for i in qualities}
+        for cost, places in costs.items():
+            points = {
+                i: Point(name=i, x=places[i], y=y, prompts=tables[i])
+                for i, y in qualities.items()
+                if i in places
+            }
             if len(points) >= 2:
                 out.append(_front(contenders, points, cost, name, about["better"] == "higher"))
     return out
@@ -84,15 +85,15 @@ def _quality(record: Record, name: str, about: Mapping[str, Any]) -> Interval | 
 
 
 def _front(
-    contenders: Sequence[Record], points: Mapping[str, Point], cost: str, name: str, higher: bool
+    contenders: Mapping[str, Record], points: Mapping[str, Point], cost: str, name: str, higher: bool
 ) -> dict[str, Any]:
     members: dict[str, list[Point]] = {}
-    for record in contenders:
-        if record.id in points and (group := group_of(record)):
-            members.setdefault(group, []).append(points[record.id])
+    for row, point in points.items():
+        if group := group_of(contenders[row]):
+            members.setdefault(group, []).append(point)
     curves = curves_by_group(members)
     placed = list(points.values())
-    first = contenders[0]
+    first = next(iter(contenders.values()))
     return {
         "task": first.task.name,
         "environment": str(first.environment.get("fingerprint", "")),
