@@ -1,8 +1,8 @@
 """Deliberate damage to clips, to ask each metric what it sees and what it is blind to.
 
 Every damage is a pure function of clips `(B, T, H, W, 3)` and a strength; it keeps shape and type (uint8, or
-floating point in [0, 1]), and what it does to a clip does not depend on the clips beside it (`wrong_clip` apart). The names are those
-that metric cards use in `sees` and `blind_to`.
+floating point in [0, 1]), and what it does to a clip does not depend on the clips beside it (`wrong_clip` apart). The
+names are those that metric cards use in `sees` and `blind_to`.
 """
 
 from __future__ import annotations

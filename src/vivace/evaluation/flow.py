@@ -13,7 +13,7 @@ import os
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -140,7 +140,7 @@ def _pair(pair: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     if not hasattr(_own, "dis"):
         _own.dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     # No flow to start from: one left over would make the value depend on the pair before.
-    return _own.dis.calc(pair[0], pair[1], None)
+    return cast(Any, _own.dis).calc(pair[0], pair[1], None)
 
 
 __all__ = ["LEAST", "luma", "missing", "optical_flow", "warp"]
