@@ -35,7 +35,7 @@
     if (value === "inf" || value === Infinity) return "\u221e";
     if (value === "-inf" || value === -Infinity) return `${MINUS}\u221e`;
     if (!finite(value)) return MISSING;
-    const text = Math.abs(value).toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+    const text = Math.abs(value).toFixed(digits).replace(/^\d+/, (whole) => whole.replace(/\B(?=(\d{3})+$)/g, ","));
     if (value < 0 && Number(text.replaceAll(",", "")) !== 0) return MINUS + text;
     return signed && value > 0 ? `+${text}` : text;
   }
