@@ -82,11 +82,15 @@ def bench(
             min=1, help="Shorter warm-up calls, for slow models.", rich_help_panel=HOW, show_default=False
         ),
     ] = None,
-    coupled_repeats: Annotated[
+    peer_samples: Annotated[
+        int,
+        typer.Option(min=0, help="Only the first so many samples for peers; 0: all.", rich_help_panel=HOW),
+    ] = 0,
+    coupled_samples: Annotated[
         int,
         typer.Option(
             min=0,
-            help="Clips of a prompt for peers that decide once for a whole batch and so run one by one; 0: the task's.",
+            help="The same for those that decide once for a whole batch and so run one by one; 0: all.",
             rich_help_panel=HOW,
         ),
     ] = 0,
@@ -127,7 +131,8 @@ def bench(
             memory=memory,
             energy=energy,
             limit=limit,
-            coupled_repeats=coupled_repeats,
+            peer_samples=peer_samples,
+            coupled_samples=coupled_samples,
             jobs=jobs,
             threads=threads or 0,
             warmups=warmups,

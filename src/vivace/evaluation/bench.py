@@ -54,10 +54,10 @@ ANCHORS = ("floor", "seed")
 class Options:
     """How a bench runs.
 
-    `limit`: only the first so many prompts (a trial; the record says so). `coupled_repeats`: clips of a prompt for
-    contenders that are made one by one; 0: as many as the task has. `repeats`, `warmups`: of the timed run; None: the
-    task's. `warmup_steps`: shorter warm-up calls, where a whole one takes minutes. `jobs`: processes of the quality
-    run.
+    `limit`: only the first so many prompts (a trial; the record says so). `peer_samples`, `coupled_samples`: only the
+    first so many samples for peers, and for contenders that are made one by one; 0: all. `repeats`, `warmups`: of the
+    timed run; None: the task's. `warmup_steps`: shorter warm-up calls, where a whole one takes minutes. `jobs`:
+    processes of the quality run.
     """
 
     device: str = "cpu"
@@ -69,7 +69,8 @@ class Options:
     memory: bool = True
     energy: bool = False
     limit: int = 0
-    coupled_repeats: int = 0
+    peer_samples: int = 0
+    coupled_samples: int = 0
     jobs: int = 1
     threads: int = 0
     warmups: int | None = None
@@ -148,7 +149,8 @@ class Bench:
                 self.model.dtype,
                 self.environment["fingerprint"],
                 self.options.limit,
-                self.options.coupled_repeats,
+                self.options.peer_samples,
+                self.options.coupled_samples,
             ]
         )
         return self.store.path / "work" / hashlib.sha256(key.encode()).hexdigest()[:12]
@@ -164,7 +166,8 @@ class Bench:
             dtype=o.dtype,
             model=o.model,
             prompts=o.limit,
-            coupled_repeats=o.coupled_repeats,
+            peer_samples=o.peer_samples,
+            coupled_samples=o.coupled_samples,
             threads=o.threads,
             texts=o.texts,
         )
@@ -412,7 +415,9 @@ class Bench:
                 n: float(np.average([s.counts[n] for s in shards], weights=weights)) for n in shards[0].counts
             }
             size = "one by one" if contender.batch_coupled else f"in batches of {self.task.batch}"
-            counted = f"eager, counters on, all {sum(weights)} clips, made {size}"
+            every = len(self.job.task.samples(self.options.limit)) if not self.options.texts else sum(weights)
+            which = "all" if sum(weights) == every else f"of {every} the first"
+            counted = f"eager, counters on, {which} {sum(weights)} clips, made {size}"
         else:
             counts, counted = self._audit(contender)
         full = counts["flops_dense"] / counts["nfe_requested"] if counts.get("nfe_requested") else 0.0

@@ -52,8 +52,9 @@ class Job:
     model: str | None = None
     prompts: int = 0
     """Only the first so many prompts; 0 means all."""
-    coupled_repeats: int = 0
-    """Clips of a prompt for contenders that must be made one by one; 0 means the task's."""
+    peer_samples: int = 0
+    coupled_samples: int = 0
+    """Only the first so many samples for peers, and for contenders that must be made one by one; 0 means all."""
     threads: int = 0
     texts: tuple[str, ...] = ()
     """Prompts of the user's own, for a task without a file: a task does not carry them to another process."""
@@ -63,8 +64,10 @@ class Job:
         task = self.task.with_prompts(self.texts, self.task.model) if self.texts else self.task
         first = task.per_prompt if contender.own_noise else 0
         samples = task.samples(self.prompts, first)
-        if contender.batch_coupled and self.coupled_repeats:
-            samples = [s for s in samples if s.k < first + self.coupled_repeats]
+        if contender.batch_coupled and self.coupled_samples:
+            return samples[: self.coupled_samples]
+        if contender.peer is not None and self.peer_samples:
+            return samples[: self.peer_samples]
         return samples
 
     def shards(self, contender: Contender) -> list[list[Sample]]:
