@@ -29,7 +29,7 @@ from vivace.testing import check_metric
 from vivace.testing.metric_checks import metric_checks
 from vivace.testing.metric_material import rendered
 
-SLOW = (3, 4, 32, 32)
+SLOW = (3, 3, 32, 32)
 """Clips, frames, height and width for metrics with networks."""
 VERIFIED = (3, 9, 32, 32)
 """The same for metrics of the world's verifier, which wants squares, and frames enough for a motion."""
@@ -134,6 +134,10 @@ class Untitled(Distance):
 
 class WrongScope(Contrast):
     card = replace(Contrast.card, scope=Scope.PAIR)
+
+
+class Imaginative(Distance):
+    card = replace(Distance.card, sees=("ugliness",))
 
 
 class BadMargin(Distance):
@@ -285,6 +289,7 @@ class AlwaysSignificant(Means):
 FAULTS: list[tuple[type[Metric], str, str]] = [
     (Untitled, "card", "no title"),
     (WrongScope, "card", "another scope"),
+    (Imaginative, "card", "no damage is called ['ugliness']"),
     (BadMargin, "card", "margin"),
     (WrongSide, "identity", "the best value is 0"),
     (WrongSide, "monotone", "blur"),

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from vivace.core.errors import ConfigError, UnavailableError
 from vivace.evaluation import weights
+from vivace.evaluation.damage import DAMAGES
 from vivace.evaluation.frames import FrameError
 from vivace.evaluation.metrics import psnr, ssim
 from vivace.evaluation.metrics.base import Context, Trajectory, registry
@@ -138,6 +139,21 @@ def test_backbones_are_named_by_hash() -> None:
         backbone = registry[name].card.backbone
         assert backbone is not None
         assert backbone.sha256 == weights.known[name].sha256
+
+
+@pytest.mark.parametrize("name", ["psnr", "ssim", "lpips_alex", "cvvdp"])
+def test_cards_say_what_the_metric_sees(name, clips) -> None:
+    """Whatever a card calls seen moves the value more than anything that it calls unseen."""
+    needs(name)
+    metric, short = registry[name](), clips[:, :4]
+    series = metric.card.series[0]
+    seen, unseen = {}, {"nothing": 0.0}
+    best = metric.measure(short, Context(reference=short))[series.name]
+    for damage in [*metric.card.sees, *(set(metric.card.blind_to) & set(DAMAGES))]:
+        values = metric.measure(DAMAGES[damage](short), Context(reference=short))[series.name]
+        loss = min(1e3, float(np.mean(np.abs(np.subtract(best, values)))))
+        (seen if damage in metric.card.sees else unseen)[damage] = loss
+    assert min(seen.values()) > 1.2 * max(unseen.values()), (seen, unseen)
 
 
 def test_cvvdp_sees_flicker_that_psnr_does_not(clips) -> None:

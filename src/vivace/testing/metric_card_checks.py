@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 from vivace.core.errors import UnavailableError
+from vivace.evaluation.damage import DAMAGES
 from vivace.evaluation.metrics.base import Group, Metric, PairMetric, SampleMetric, Scope, SetMetric
 from vivace.testing.metric_material import Material, check
 
@@ -48,6 +49,8 @@ def _card(case: Material) -> Iterator[str]:
             yield f"{series.name} is binary and has another range than [0, 1]."
     if twice := set(card.sees) & set(card.blind_to):
         yield f"it both sees and does not see {sorted(twice)}."
+    if unknown := set(card.sees) - set(DAMAGES):
+        yield f"no damage is called {sorted(unknown)}."
     if card.group is not _GROUPS[card.scope]:
         yield f"a {card.scope} metric belongs to the group {_GROUPS[card.scope]}, not {card.group}."
     if card.symmetric and card.scope not in (Scope.PAIR, Scope.SET):
@@ -59,7 +62,9 @@ def _card(case: Material) -> Iterator[str]:
     for method in wanted:
         if getattr(case.metric, method) is getattr(Metric, method):
             yield f"a {card.scope} metric needs the method {method}."
-    if card.backbone and not re.fullmatch(r"[0-9a-f]{64}", card.backbone.sha256):
+    # A backbone that the user brings has no hash before it is there.
+    named = card.backbone is None or (card.backbone.sha256 == "" and bool(case.one.missing()))
+    if card.backbone and not named and not re.fullmatch(r"[0-9a-f]{64}", card.backbone.sha256):
         yield "the backbone's sha256 is not 64 hexadecimal digits."
     if card.backbone and not (card.backbone.licence and card.backbone.source):
         yield "the backbone names no licence or no source."

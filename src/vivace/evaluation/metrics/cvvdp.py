@@ -62,7 +62,22 @@ class Cvvdp(PairMetric):
         convention=f"cvvdp {VERSION}, display {DISPLAY} (30 inches, 200 cd/m2, 250 lux, 75.4 pixels per degree), "
         f"shown at {FPS:g} frames per second whatever the task says, first frame repeated "
         "before the clip, sRGB as decoded.",
-        sees=("blur", "noise", "flicker", "freeze", "stutter", "shuffle", "colour_shift", "wrong_colour"),
+        sees=(
+            "freeze",
+            "stutter",
+            "shuffle",
+            "reverse",
+            "there_and_back",
+            "wrong_motion",
+            "wrong_clip",
+            "flicker",
+            "blur",
+            "noise",
+            "colour_shift",
+            "colour_drift",
+            "wrong_colour",
+            "warp_jitter",
+        ),
         blind_to=("quality of a clip that departs from the reference",),
         packages=("pycvvdp",),
         cite="doi:10.1145/3658144",

@@ -137,8 +137,20 @@ def _card(net: Net, title: str) -> MetricCard:
         ),
         convention="RGB scaled to [-1, 1], whole frames at their own size, linear heads v0.1, unit-normalised "
         "features, mean over positions, sum over layers, float32 without TF32.",
-        sees=("blur", "noise", "freeze", "stutter", "shuffle", "wrong_colour", "warp_jitter"),
-        blind_to=("quality of a clip that departs from the reference", "flicker between frames as such"),
+        sees=(
+            "freeze",
+            "stutter",
+            "shuffle",
+            "reverse",
+            "there_and_back",
+            "wrong_motion",
+            "wrong_clip",
+            "blur",
+            "noise",
+            "wrong_colour",
+            "warp_jitter",
+        ),
+        blind_to=("flicker", "quality of a clip that departs from the reference"),
         backbone=Backbone(
             name=f"{title}, ImageNet, with LPIPS v0.1 heads",
             sha256=known.sha256,
