@@ -17,7 +17,6 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-import vivace
 from vivace.core.errors import ConfigError, OutputError
 from vivace.report import leaderboard_methods as join
 from vivace.report.method_page import by_prompt, pairs, row_data, sorted_samples
@@ -59,7 +58,6 @@ def page(board: Board, clips: Mapping[str, bytes]) -> str:
             samples={name: _json(found) for name, found in samples.items() if found},
             clips=[base64.b64encode(clips[path]).decode("ascii") for path in used],
             scripts=[f"leaderboard_{name}.js" for name in SCRIPTS],
-            version=vivace.__version__,
         )
     )
 

@@ -217,7 +217,7 @@
     function fill() {
       const detail = prompts(row);
       const places = measured.length > 1 ? pick("Measured on", "quality-place", measured.map((r) => [V.sourceText(r), r.id]), row.id, (v) => { row = data.rows[v]; fill(); }) : null;
-      holder.replaceChildren(...[el("section", { class: "panel", id: "quality", "aria-label": "Quality" }, el("div", { class: "heading" }, el("div", {}, el("h2", {}, "Quality"), el("p", { class: "lede" }, `${V.sourceText(row)}. Differences are paired: same prompt, same noise.`)), places && el("div", { class: "picks" }, places)), quality(row)), detail?.node].filter(Boolean));
+      holder.replaceChildren(...[el("section", { class: "panel", id: "quality", "aria-label": "Quality" }, el("div", { class: "heading" }, el("div", {}, el("h2", {}, "Quality"), el("p", { class: "lede" }, `${V.sourceText(row)}. ${method.kind === "seed" ? "Differences are paired by prompt; the noise is another." : "Differences are paired: same prompt, same noise."}`)), places && el("div", { class: "picks" }, places)), quality(row)), detail?.node].filter(Boolean));
       detail?.draw();
     }
     host.replaceChildren(...[
