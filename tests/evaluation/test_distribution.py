@@ -111,7 +111,7 @@ def test_damage_in_time_is_seen_in_trajectories(kind) -> None:
 def test_damage_in_time_is_seen_in_motion(kind) -> None:
     found = motion(kind)
     assert chance(found) == pytest.approx(0.001)
-    assert found.low > 10 * motion("other seed").high
+    assert found.low > 5 * motion("other seed").high
 
 
 def test_blur_is_not_seen_in_motion() -> None:

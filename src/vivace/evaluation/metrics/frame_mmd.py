@@ -34,8 +34,8 @@ class FrameMmd(EffNetMetric):
             "EfficientNet-Lite0 features of every frame (shorter side 160, bilinear, antialiased), mean over frames, "
             f"divided by {SPREADS[0]}; kernel (x.y/1280 + 1)^3; {two_sample.PROCEDURE}"
         ),
-        sees=("blur", "noise", "warp_jitter", "wrong_colour"),
-        blind_to=("stutter", "shuffle", "reverse", "flicker", "wrong_clip"),
+        sees=("blur", "noise", "warp_jitter", "wrong_colour", "colour_shift", "colour_drift"),
+        blind_to=("stutter", "shuffle", "reverse", "there_and_back", "flicker", "wrong_motion", "wrong_clip"),
         backbone=BACKBONE,
         cite="arXiv:1801.01401",
         symmetric=True,

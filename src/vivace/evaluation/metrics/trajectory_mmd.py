@@ -43,8 +43,8 @@ class TrajectoryMmd(EffNetMetric):
             f"mean absolute first and second difference in time, divided by {SPREADS}, side by side; "
             f"kernel (x.y/3840 + 1)^3; {two_sample.PROCEDURE}"
         ),
-        sees=("blur", "noise", "warp_jitter", "flicker", "freeze", "stutter", "shuffle", "wrong_colour"),
-        blind_to=("reverse", "wrong_clip"),
+        sees=("blur", "noise", "warp_jitter", "flicker", "freeze", "stutter", "shuffle", "there_and_back"),
+        blind_to=("reverse", "wrong_motion", "wrong_clip"),
         backbone=BACKBONE,
         cite="arXiv:1801.01401",
         symmetric=True,
