@@ -39,11 +39,13 @@ class FirstBlockCache(DiffusersCache):
         family=Paradigm.CACHING,
         summary="Run the first block; when its residual hardly changed, reuse the residual of all later blocks.",
         knob="threshold",
-        sweep=(0.03, 0.05, 0.08, 0.12, 0.2),
+        sweep=(0.03, 0.05, 0.08, 0.12, 0.3),
         default={"threshold": 0.05},
         range_=(0.0, 10.0),
         notes=(
             "One decision for the whole batch: the change is averaged over all clips, so it is run one clip at a time.",
+            "The library has no warm-up and no limit on skips in a row: every threshold that acts skips long runs of "
+            "steps. cache_dit.dbcache is the same idea with both.",
             "Guidance branches have memories of their own.",
             "The library forgets only at the end of a run; the session clears it before each run.",
         ),
@@ -77,7 +79,7 @@ class MagCache(DiffusersCache):
         family=Paradigm.CACHING,
         summary="Skip a step while the error predicted from a calibrated curve of residual magnitudes stays small.",
         knob="threshold",
-        sweep=(0.02, 0.06, 0.12, 0.24, 0.5),
+        sweep=(0.01, 0.02, 0.06, 0.12, 0.24),
         default={"threshold": 0.06, "max_skip": 3, "retention": 0.2, "ratios": None},
         range_=(0.0, 10.0),
         notes=(
@@ -85,6 +87,7 @@ class MagCache(DiffusersCache):
             "of steps. It prints them and returns nothing, so its output is read.",
             "It takes one list of ratios for both guidance branches: they get the mean of the two calibrated lists.",
             "Each hook counts its own calls, so a run with another number of steps would be misaligned: it is refused.",
+            "The stock limit of 3 skips in a row after 20 % of the steps bounds the executed share to about 0.4.",
             "Under torch.compile the whole wrapped forward of a block is left out of compilation.",
         ),
         cite=Cite(
@@ -177,7 +180,7 @@ class SeaCache(DiffusersCache):
         family=Paradigm.CACHING,
         summary="Skip a step while the accumulated change of the frequency-filtered latents stays small.",
         knob="threshold",
-        sweep=(0.05, 0.1, 0.2, 0.3, 0.5),
+        sweep=(0.05, 0.1, 0.15, 0.3, 0.5),
         default={"threshold": 0.25, "order": 1, "start": 1, "end": 1, "max_skip": 2},
         range_=(0.0, 100.0),
         notes=(

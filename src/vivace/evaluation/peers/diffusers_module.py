@@ -24,6 +24,10 @@ _FASTER = Cite(
     code=_DIFFUSERS,
 )
 _PHASE = "Its schedule computes steps start+1, start+1+interval, ...: the step after the warm-up is predicted already."
+_START = (
+    "Caching starts at step 8, not at the stock 3: measured on the embedded model in 50 steps, interval 5 then costs "
+    "less than interval 3 from step 3 and stays nearer to the exact run (40.7 against 37.1 dB)."
+)
 WAN_MODULES = (r"blocks\.\d+\.attn[12]", r"blocks\.\d+\.ffn")
 
 
@@ -38,12 +42,13 @@ class TaylorSeer(DiffusersCache):
         summary="Predict the outputs of attention and feed-forward modules by a Taylor series in the step.",
         knob="interval",
         sweep=(2, 3, 4, 5, 7),
-        default={"interval": 5, "start": 3, "order": 1},
+        default={"interval": 5, "start": 8, "order": 1},
         range_=(2, 100),
         notes=(
             "Stock settings match no module of Wan and do nothing, without a warning; here the patterns name Wan's "
             "attn1, attn2 and ffn.",
             _PHASE,
+            _START,
             "Factors are kept in fp32, as in the library's example, not in the stock bf16.",
             "Modulation, norms and residuals still run in every block: block calls stay full, FLOPs do not.",
         ),
@@ -78,10 +83,11 @@ class TaylorSeerLite(TaylorSeer):
         summary="Predict the model's last projection by a Taylor series in the step and skip all blocks.",
         knob="interval",
         sweep=(2, 3, 4, 5, 7),
-        default={"interval": 5, "start": 3, "order": 1},
+        default={"interval": 5, "start": 8, "order": 1},
         range_=(2, 100),
         notes=(
             _PHASE,
+            _START,
             "Factors are kept in fp32, as in the library's example, not in the stock bf16.",
         ),
         cite=_TAYLOR,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from vivace.core.errors import NoEffectError
@@ -20,6 +21,14 @@ _EAGER = (
     "the blocks (`compile_backend`)."
 )
 _ONE_POINT = "No knob trades quality for speed: it is one point, not a curve."
+
+
+_COMPILER = (
+    "coordinate_descent_tuning",
+    "coordinate_descent_check_all_directions",
+    "force_fuse_int_mm_with_mul",
+    "fx_graph_cache",
+)
 
 
 class _Quantised(Peer):
@@ -45,15 +54,21 @@ class _Quantised(Peer):
             linears += fits
             return fits
 
-        with quiet():
-            from torchao.quantization import quantize_
+        put_back = _remember_compiler_settings()
+        try:
+            with quiet():
+                from torchao.quantization import quantize_
 
-            for transformer in experts(pipeline):
-                quantize_(transformer, self.config(), filter_fn=chosen)
+                for transformer in experts(pipeline):
+                    quantize_(transformer, self.config(), filter_fn=chosen)
+        except BaseException:
+            put_back()
+            raise
         if not linears:
+            put_back()
             raise NoEffectError(f"{self.name} found no linear to convert in {type(pipeline).__name__}.")
         # The session's snapshot puts the original weights back: the same tensors.
-        return Installed(lambda: None, effects={"linears": float(linears)})
+        return Installed(put_back, effects={"linears": float(linears)})
 
     def acted(self, receipt: Receipt) -> bool:
         return any(t.name == self.name and t.effects.get("linears", 0) > 0 for t in receipt.techniques)
@@ -119,7 +134,7 @@ class Float8Dynamic(_Quantised):
         notes=(
             _ONE_POINT,
             _EAGER,
-            "Scales are per row, not the stock per tensor: a scale per tensor would couple the clips of a batch.",
+            "Scales are per row: one scale for a whole tensor would couple the clips of a batch.",
         ),
         cite=_CITE,
         needs_cuda=True,
@@ -138,3 +153,18 @@ class Float8Dynamic(_Quantised):
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
 
         return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+
+
+def _remember_compiler_settings() -> Callable[[], None]:
+    """torchao sets the compiler up for the whole process when it converts; returns what puts that back."""
+    from torch._inductor import config
+
+    before = {name: getattr(config, name) for name in _COMPILER}
+    names_before = config.triton.unique_kernel_names
+
+    def put_back() -> None:
+        for name, value in before.items():
+            setattr(config, name, value)
+        setattr(config.triton, "unique_kernel_names", names_before)  # noqa: B010
+
+    return put_back
