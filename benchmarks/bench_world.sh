@@ -18,14 +18,13 @@ all=(
   --steps 36 --steps 25 --steps 18 --steps 13 --steps 8 --plan near-exact --plan fast
   --plan "$plans/first-block-cache.yaml@first_block_cache.threshold=0.05"
   --plan "$plans/first-block-cache.yaml@first_block_cache.threshold=0.12"
-  --plan "$plans/guidance-interval.yaml"
   --peer diffusers.mag_cache@threshold=0.06 --peer diffusers.mag_cache@threshold=0.24
   --peer diffusers.taylorseer@interval=2 --peer diffusers.taylorseer@interval=4
   --peer diffusers.taylorseer_lite@interval=3
-  --peer diffusers.pab@spatial=2 --peer diffusers.pab_branchwise@spatial=3
+  --peer diffusers.pab_branchwise@spatial=3
   --peer diffusers.faster_cache_branchwise@spatial=3
   --peer cache_dit.steps_mask@policy=slow --peer cache_dit.steps_mask@policy=fast
-  --peer torchao.int8_dynamic --peer sageattention.int8 --peer fastvideo.vsa@keep=0.25
+  --peer sageattention.int8 --peer fastvideo.vsa@keep=0.25
   --peer diffusers.first_block_cache@threshold=0.05 --peer diffusers.first_block_cache@threshold=0.12
   --peer diffusers.sea_cache@threshold=0.1 --peer diffusers.sea_cache@threshold=0.3
   --peer cache_dit.dbcache@threshold=0.05 --peer cache_dit.dbcache@threshold=0.12

@@ -69,6 +69,9 @@ def bench(
     quality: Annotated[bool, typer.Option(help="Make and judge all clips.", rich_help_panel=HOW)] = True,
     timing: Annotated[bool, typer.Option(help="Time warm runs, in turns.", rich_help_panel=HOW)] = True,
     memory: Annotated[bool, typer.Option(help="Measure memory.", rich_help_panel=HOW)] = True,
+    audit: Annotated[
+        bool, typer.Option(help="On a speed task, count a run of each.", rich_help_panel=HOW)
+    ] = True,
     energy: Annotated[bool, typer.Option(help="Measure energy (NVML).", rich_help_panel=HOW)] = False,
     warmups: Annotated[
         int | None, typer.Option(min=1, help="Before timing.", rich_help_panel=HOW, show_default=False)
@@ -129,6 +132,7 @@ def bench(
             quality=quality,
             timing=timing,
             memory=memory,
+            audit=audit,
             energy=energy,
             limit=limit,
             peer_samples=peer_samples,
