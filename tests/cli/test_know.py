@@ -66,6 +66,88 @@ def test_methods_lists_every_technique(vivace):
     assert all(name in out for name in registry)
 
 
+def test_methods_lists_the_field_by_family(vivace):
+    out = vivace("methods").out
+    places = [out.index(f"\n{f.name.capitalize()}") for f in catalogue.families()]
+    assert places == sorted(places)
+    assert all(m.name in out for m in catalogue.methods())
+
+
+def test_methods_filters_add_up(vivace):
+    options = ("--family", "caching", "--training", "none", "--base", "wan", "--search", "threshold")
+    found = catalogue.select(family="caching", training="none", base="wan", text="threshold")
+    assert 0 < len(found) < 20
+    out = vivace("methods", *options).out
+    assert all(m.name in out for m in found)
+    assert f"{len(found)} methods" in out
+    assert {m["name"] for m in json.loads(vivace("methods", *options, "--json").out)} == {
+        m.name for m in found
+    }
+
+
+def test_methods_json_holds_everything(vivace):
+    (found,) = json.loads(vivace("methods", "--search", "magcache retention", "--json").out)
+    assert found["name"] == "magcache"
+    assert found["family"] == "cache and trajectory"
+    assert found["sub_family"] == ["D1 Feature cache"]
+    assert found["claims"][0]["evidence"] == "repository README"
+    assert found["measured"] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "offer"),
+    [
+        (("--family", "cachng"), "did you mean"),
+        (("--status", "done"), "known: "),
+        (("--base", "sora99"), "no base model is called 'sora99'"),
+        (("--records", "nowhere"), "there is no folder nowhere"),
+    ],
+)
+def test_methods_refuses_in_one_sentence(vivace, options, offer):
+    ran = vivace("methods", *options)
+    assert ran.code == 2
+    assert offer in ran.sentence
+
+
+def test_methods_show_puts_claim_and_measurement_together(vivace, here):
+    ran = vivace("methods", "show", "MagCache")
+    assert "not measured here" in ran.out
+    for claim in catalogue.method("magcache").claims:
+        assert claim.evidence in ran.out
+    record = {
+        "created": "2026-11-24T10:00:00",
+        "contender": {"name": "diffusers.mag_cache@threshold=0.1", "kind": "peer"},
+        "task": {"name": "world-smoke@1"},
+        "counts": {"nfe": 62},
+    }
+    (here / "store" / "records").mkdir(parents=True)
+    (here / "store" / "records" / "cafe.json").write_text(json.dumps(record), encoding="utf-8")
+    out = vivace("methods", "show", "MagCache", "--records", "store").out
+    assert "measured: diffusers.mag_cache@threshold=0.1 62 evaluations" in out
+    assert "world-smoke@1, 2026-11-24, record cafe" in out
+    assert "not measured here" not in out
+
+
+def test_methods_show_by_paper_name_ends_at_our_technique(vivace):
+    out = " ".join(vivace("methods", "show", "STA").out.split())
+    assert catalogue.method("sta").idea in out
+    assert " ".join(catalogue.entry("sliding_tile").differs.split()) in out
+    assert "technique: sliding_tile" in out
+
+
+def test_methods_show_offers_the_nearest(vivace):
+    ran = vivace("methods", "show", "teecache")
+    assert ran.code == 2
+    assert "did you mean teacache" in ran.sentence
+
+
+def test_methods_page_writes_one_file(vivace, here):
+    ran = vivace("methods", "page", "-o", "field.html")
+    assert ran.code == 0
+    assert [p.name for p in here.iterdir()] == ["field.html"]
+    assert (here / "field.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
 @pytest.mark.parametrize("name", list(registry))
 def test_methods_show_explains(vivace, name):
     out = " ".join(vivace("methods", "show", name).out.split())

@@ -1,7 +1,7 @@
 """The catalogue of the field as data: every published method we know of, and what this installation implements.
 
-`methods` holds the field (families, claims, sources, status); `entries` holds our own techniques, read from their cards.
-Nothing here imports torch, and nothing is measured here: `newest_record` looks into a folder of records.
+`methods` holds the field (families, claims, sources, status); `entries` holds our own techniques, read from their
+cards. Nothing here imports torch, and nothing is measured here: `newest_record` looks into a folder of records.
 """
 
 from __future__ import annotations

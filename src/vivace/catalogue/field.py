@@ -59,7 +59,7 @@ def method(name: str) -> Method:
             "method",
             name,
             (m.name for m in methods()),
-            "`vivace methods` lists them, `--search` looks inside.",
+            "`vivace methods` lists all, `--search` looks inside.",
         )
     return found
 
@@ -91,10 +91,10 @@ def search(text: str, among: Iterable[Method] | None = None) -> tuple[Method, ..
     words = text.lower().split()
     if not words:
         return tuple(methods() if among is None else among)
-    hits = []
+    hits, texts = [], _texts()
     for place, found in enumerate(methods() if among is None else among):
         names = " ".join(found.names).lower() + " " + " ".join(map(key, found.names))
-        if all(w in names or w in _text(found) for w in words):
+        if all(w in names or w in texts[found.name] for w in words):
             hits.append((-sum(w in names for w in words), place, found))
     return tuple(found for *_, found in sorted(hits, key=lambda h: h[:2]))
 
@@ -153,8 +153,8 @@ def _branches(name: str) -> set[str]:
     }
     found = exact or whole or part
     if not found:
-        known = [n for f in tree for n in (f.name, *(s.id for s in f.subs))]
-        raise UnknownNameError("family", name, known)
+        known = {n.lower() for f in tree for n in (f.name, *(w for s in f.subs for w in (s.title, *s.aka)))}
+        raise UnknownNameError("family", name, known, "an id such as B1 names a branch as well.")
     return found
 
 
@@ -164,6 +164,10 @@ def _by_key() -> dict[str, Method]:
 
 
 @cache
+def _texts() -> dict[str, str]:
+    return {m.name: _text(m) for m in methods()}
+
+
 def _text(found: Method) -> str:
     claims = " ".join(f"{c.text} {c.metric} {c.hardware} {c.against}" for c in found.claims)
     parts = (

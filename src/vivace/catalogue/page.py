@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vivace.catalogue.cards import entries
+from vivace.catalogue.cards import Entry, entries
 from vivace.catalogue.field import branch, families, methods, related
 from vivace.catalogue.measured import measurements
 from vivace.catalogue.schema import EVIDENCE, OBJECTIVE, STATUS, TRAINING, Method
@@ -46,7 +46,7 @@ def build(records: Sequence[Mapping[str, Any]] = ()) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found = methods()
+    found, ours = methods(), {e.name: e for e in entries()}
     text = environment.get_template("methods.html.j2").render(
         families=[
             {
@@ -54,7 +54,7 @@ def build(records: Sequence[Mapping[str, Any]] = ()) -> str:
                 "anchor": f"family-{f.letter}",
                 "count": sum(m.letter == f.letter for m in found),
                 "subs": [
-                    {"sub": s, "methods": [_view(m, records) for m in found if m.sub[0] == s.id]}
+                    {"sub": s, "methods": [_view(m, ours, records) for m in found if m.sub[0] == s.id]}
                     for s in f.subs
                 ],
             }
@@ -70,8 +70,8 @@ def build(records: Sequence[Mapping[str, Any]] = ()) -> str:
     return "\n".join(line.rstrip() for line in text.splitlines() if line.strip()) + "\n"
 
 
-def _view(method: Method, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    ours = next((e for e in entries() if e.name == method.technique), None)
+def _view(method: Method, ours: Mapping[str, Entry], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    head = method.headline
     return {
         "method": method,
         "branches": [(s, branch(s)) for s in method.sub],
@@ -80,10 +80,10 @@ def _view(method: Method, records: Sequence[Mapping[str, Any]]) -> dict[str, Any
         "evidence": EVIDENCE[method.evidence],
         "status": method.status.replace(" ", "-"),
         "bases": "|".join(b for b in BASES if _on(b, method)),
-        "ours": ours,
+        "ours": ours.get(method.technique),
         "related": related(method),
         "measured": measurements(method, records),
-        "doubt": bool(method.headline) and method.headline.evidence in ("recall", "inference"),  # type: ignore[union-attr]
+        "doubt": head is not None and head.evidence in ("recall", "inference"),
     }
 
 

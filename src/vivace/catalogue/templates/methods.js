@@ -39,7 +39,7 @@
     }
     const any = wanted.length || status.length || training.value || base.value || branch.value;
     by("count").textContent = any ? `${shown} of ${methods.length} methods` : `${methods.length} methods`;
-    by("reset").hidden = !any;
+    by("clear").hidden = !any;
     by("empty").hidden = shown > 0;
   };
 
