@@ -90,4 +90,6 @@ def _view(method: Method, ours: Mapping[str, Entry], records: Sequence[Mapping[s
 def _on(base: str, method: Method) -> bool:
     if base == "SD":
         return any(b in ("SD", "SDXL", "SD3", "SD-turbo") or b.startswith("SD1") for b in method.bases)
-    return any(base.lower() in b.lower().replace("many ", "") for b in method.bases)
+    if base == "any":
+        return any(b.split()[0] == "any" for b in method.bases)
+    return any(base.lower() in b.lower() for b in method.bases)
