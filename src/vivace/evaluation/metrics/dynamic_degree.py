@@ -31,7 +31,7 @@ def thinned(clips: torch.Tensor, fps: float) -> torch.Tensor:
 
 def fastest(flow: np.ndarray) -> np.ndarray:
     """Mean speed of the fastest pixels of each pair, (B, T - 1), in pixels; flow is (B, T - 1, H, W, 2)."""
-    speed = np.linalg.norm(flow, axis=-1).reshape(*flow.shape[:2], -1)
+    speed = np.linalg.norm(flow, axis=-1).reshape(*flow.shape[:2], flow.shape[2] * flow.shape[3])
     count = max(1, int(speed.shape[-1] * TOP))
     return np.partition(speed, -count, axis=-1)[..., -count:].mean(axis=-1)
 
@@ -96,8 +96,8 @@ class DynamicDegree(SampleMetric):
     def sample(self, clips: torch.Tensor, context: Context) -> dict[str, list[float]]:
         flow = flows.optical_flow(thinned(clips, context.fps))
         side = min(clips.shape[2:4])
-        mean = np.linalg.norm(flow, axis=-1).reshape(len(flow), -1)
+        speed = np.linalg.norm(flow, axis=-1)
         return {
             "dynamic_degree": [is_dynamic(speeds, side) for speeds in fastest(flow)],
-            "flow_magnitude": [float(v.mean() / side * 100.0) if v.size else math.nan for v in mean],
+            "flow_magnitude": [float(v.mean() / side * 100.0) if v.size else math.nan for v in speed],
         }

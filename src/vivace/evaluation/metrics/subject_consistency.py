@@ -90,22 +90,8 @@ class SubjectConsistency(SampleMetric):
         "subject_consistency: mean over frames of (cosine to the frame before + cosine to the first) / 2,"
         " each at least 0. identity_drift: 1 - cosine of the mean unit features of the first and the last"
         " quarter (T // 4 frames).",
-        sees=(
-            "noise",
-            "shuffle",
-            "warp_jitter",
-            "colour_drift",
-        ),
-        blind_to=(
-            "freeze",
-            "stutter",
-            "blur",
-            "reverse",
-            "wrong_motion",
-            "wrong_clip",
-            "wrong_colour",
-            "colour_shift",
-        ),
+        sees=("noise", "warp_jitter", "colour_drift"),
+        blind_to=("freeze", "stutter", "blur", "reverse", "colour_shift", "wrong_motion", "wrong_clip"),
         backbone=backbone(),
         cite="arXiv:2311.17982",
     )

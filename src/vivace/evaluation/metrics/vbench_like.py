@@ -122,22 +122,8 @@ class VBenchLikeSubject(SampleMetric):
         ),
         convention="vbench-like. As the series subject_consistency: EfficientNet-Lite0, shorter side 160 pixels, "
         "mean over frames of (cosine to the frame before + cosine to the first) / 2.",
-        sees=(
-            "noise",
-            "shuffle",
-            "warp_jitter",
-            "colour_drift",
-        ),
-        blind_to=(
-            "freeze",
-            "stutter",
-            "blur",
-            "reverse",
-            "wrong_motion",
-            "wrong_clip",
-            "wrong_colour",
-            "colour_shift",
-        ),
+        sees=("noise", "warp_jitter", "colour_drift"),
+        blind_to=("freeze", "stutter", "blur", "reverse", "colour_shift", "wrong_motion", "wrong_clip"),
         backbone=backbone(),
         cite="arXiv:2311.17982",
     )

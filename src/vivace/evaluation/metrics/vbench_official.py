@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from vivace.evaluation import vbench, vbench_run
 from vivace.evaluation.metrics.base import (
-    Backbone,
     Better,
     Context,
     Group,
@@ -51,16 +50,11 @@ class VBenchOfficial(SampleMetric):
         series=tuple(_series(name) for name in vbench.dimensions()),
         convention="vbench-official. VBench's package in an interpreter of its own, clips as H.264 at crf 0; its "
         "standard mode on its own prompts, each on that prompt's dimensions, its custom mode on all "
-        "others; imaging quality with longer side 512; dimensions whose weights are not in the folder "
-        "stay empty.",
+        "others; imaging quality with longer side 512; DINO, CLIP, RAFT, AMT-S, MUSIQ, GRiT, UMT, "
+        "Tag2Text and ViCLIP as the user has them; dimensions whose weights are not in the folder stay "
+        "empty.",
         sees=("noise", "flicker", "wrong_clip", "wrong_colour"),
         blind_to=("freeze", "stutter", "blur", "reverse"),
-        backbone=Backbone(
-            name="DINO, CLIP, RAFT, AMT-S, MUSIQ, GRiT, UMT, Tag2Text, ViCLIP",
-            sha256="",
-            licence="each its own",
-            source="the user's folder",
-        ),
         cite="arXiv:2311.17982",
     )
 
