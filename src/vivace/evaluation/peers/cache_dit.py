@@ -14,6 +14,11 @@ from vivace.models.adapter import ModelDescription
 from vivace.techniques.base import Cite, Paradigm
 
 _CITE = Cite(title="cache-dit", code="https://github.com/vipshop/cache-dit")
+_LIMIT = (
+    "At most 3 skips in a row, where the library sets no limit: without one, thresholds that act skip long runs of "
+    "steps (embedded model, 50 steps: 28 dB to the exact run at 63 % of the work). max_skip=1 saves less and is the better "
+    "choice for small savings (20 steps: 44 dB at 65 %)."
+)
 _PARITY = (
     "It tells guidance branches by counting calls (even, odd), not by what the pipeline announces: set "
     "guided=false for runs without guidance."
@@ -66,9 +71,9 @@ class DualBlockCache(_CacheDit):
         summary="Run the first block; when its residual hardly changed, reuse the residual of all later blocks.",
         knob="threshold",
         sweep=(0.03, 0.05, 0.08, 0.12, 0.2),
-        default={"threshold": 0.08, "warmup": 4, "fn": 1, "bn": 0, "max_skip": -1, "guided": True},
+        default={"threshold": 0.08, "warmup": 8, "fn": 1, "bn": 0, "max_skip": 3, "guided": True},
         range_=(0.0, 10.0),
-        notes=(_FN, _BATCH, _PARITY, _GLOBAL),
+        notes=(_FN, _LIMIT, _BATCH, _PARITY, _GLOBAL),
         cite=_CITE,
         batch_coupled=True,
     )
@@ -90,7 +95,7 @@ class DualBlockTaylor(_CacheDit):
         sweep=(0.05, 0.08, 0.12, 0.2, 0.4),
         default={
             "threshold": 0.08,
-            "warmup": 4,
+            "warmup": 8,
             "fn": 1,
             "bn": 0,
             "max_skip": 3,
@@ -98,7 +103,7 @@ class DualBlockTaylor(_CacheDit):
             "guided": True,
         },
         range_=(0.0, 10.0),
-        notes=(_FN, _BATCH, _PARITY, _GLOBAL),
+        notes=(_FN, _LIMIT, _BATCH, _PARITY, _GLOBAL),
         cite=_CITE,
         batch_coupled=True,
     )
