@@ -16,8 +16,8 @@ from vivace.techniques.base import Cite, Paradigm
 _CITE = Cite(title="cache-dit", code="https://github.com/vipshop/cache-dit")
 _LIMIT = (
     "At most 3 skips in a row, where the library sets no limit: without one, thresholds that act skip long runs of "
-    "steps (embedded model, 50 steps: 28 dB to the exact run at 63 % of the work). max_skip=1 saves less and is the better "
-    "choice for small savings (20 steps: 44 dB at 65 %)."
+    "steps (embedded model, 50 steps: 28 dB to the exact run at 63 % of the work). max_skip=1 saves less and is the "
+    "better choice for small savings (20 steps: 44 dB at 65 %)."
 )
 _PARITY = (
     "It tells guidance branches by counting calls (even, odd), not by what the pipeline announces: set "
