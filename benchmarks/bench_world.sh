@@ -8,11 +8,12 @@ task=$1 out=$2
 shift 2
 plans=benchmarks/plans
 few=(
-  --steps 36 --steps 18 --steps 8 --plan near-exact --plan fast
+  --steps 18 --plan near-exact --plan fast
+  --peer diffusers.mag_cache@threshold=0.12 --peer diffusers.first_block_cache@threshold=0.08
+  --peer diffusers.sea_cache@threshold=0.15 --peer diffusers.taylorseer@interval=3
+  --peer cache_dit.dbcache@threshold=0.12 --peer cache_dit.steps_mask@policy=medium
+  --steps 8 --peer diffusers.pab_branchwise@spatial=3 --peer diffusers.taylorseer_lite@interval=3
   --plan "$plans/first-block-cache.yaml@first_block_cache.threshold=0.08"
-  --peer diffusers.first_block_cache@threshold=0.08 --peer diffusers.mag_cache@threshold=0.12
-  --peer diffusers.sea_cache@threshold=0.3 --peer diffusers.taylorseer@interval=3 --peer diffusers.pab_branchwise@spatial=3
-  --peer diffusers.faster_cache_branchwise@spatial=3 --peer cache_dit.dbcache@threshold=0.08 --peer cache_dit.steps_mask@policy=medium
 )
 all=(
   --steps 36 --steps 25 --steps 18 --steps 13 --steps 8 --plan near-exact --plan fast

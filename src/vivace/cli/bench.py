@@ -97,6 +97,9 @@ def bench(
             rich_help_panel=HOW,
         ),
     ] = 0,
+    anchor_samples: Annotated[
+        int, typer.Option(min=0, help="The same for the anchors; 0: all.", rich_help_panel=HOW)
+    ] = 0,
     jobs: Annotated[
         int, typer.Option("--jobs", "-j", min=1, help="Processes of the quality run.", rich_help_panel=HOW)
     ] = 1,
@@ -137,6 +140,7 @@ def bench(
             limit=limit,
             peer_samples=peer_samples,
             coupled_samples=coupled_samples,
+            anchor_samples=anchor_samples,
             jobs=jobs,
             threads=threads or 0,
             warmups=warmups,

@@ -40,22 +40,32 @@ from vivace.evaluation.record import (
     Timing,
     canonical,
 )
-from vivace.evaluation.shards import Job, Shard, Worker, attempt, counts_of, run_in_worker, start_worker, told
+from vivace.evaluation.shards import (
+    ANCHORS,
+    Job,
+    Shard,
+    Worker,
+    attempt,
+    counts_of,
+    run_in_worker,
+    start_worker,
+    told,
+)
 from vivace.evaluation.statistics import estimate
 from vivace.evaluation.store import Store
 from vivace.evaluation.subject import Subject
 from vivace.evaluation.task import Task
 
 T = TypeVar("T")
-ANCHORS = ("floor", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """How a bench runs.
 
-    `limit`: only the first so many prompts (a trial; the record says so). `peer_samples`, `coupled_samples`: only the
-    first so many samples for peers, and for contenders that are made one by one; 0: all. `repeats`, `warmups`: of the
+    `limit`: only the first so many prompts (a trial; the record says so). `peer_samples`, `coupled_samples`,
+    `anchor_samples`: only the first so many samples for peers, for contenders that are made one by one, for the anchors;
+    0: all. `repeats`, `warmups`: of the
     timed run; None: the task's. `warmup_steps`: shorter warm-up calls, where a whole one takes minutes. `jobs`:
     processes of the quality run. `audit`: count a call of each contender of a speed task, which costs a whole run.
     """
@@ -72,6 +82,7 @@ class Options:
     limit: int = 0
     peer_samples: int = 0
     coupled_samples: int = 0
+    anchor_samples: int = 0
     jobs: int = 1
     threads: int = 0
     warmups: int | None = None
@@ -152,6 +163,7 @@ class Bench:
                 self.options.limit,
                 self.options.peer_samples,
                 self.options.coupled_samples,
+                self.options.anchor_samples,
             ]
         )
         return self.store.path / "work" / hashlib.sha256(key.encode()).hexdigest()[:12]
@@ -169,6 +181,7 @@ class Bench:
             prompts=o.limit,
             peer_samples=o.peer_samples,
             coupled_samples=o.coupled_samples,
+            anchor_samples=o.anchor_samples,
             threads=o.threads,
             texts=o.texts,
         )
@@ -274,7 +287,7 @@ class Bench:
                 self.watch(f"memory {contender.name}", n, len(timed))
                 found = self._guarded(
                     lambda c=contender: (
-                        protocol.memory(self.subject, c, samples[0])
+                        protocol.memory(self.subject, c, samples[0], self.work)
                         if cuda
                         else protocol.memory_apart(self.job, c.spec)
                     )
@@ -287,7 +300,9 @@ class Bench:
             for n, contender in enumerate(timed):
                 self.watch(f"energy {contender.name}", n, len(timed))
                 found = self._guarded(
-                    lambda c=contender: protocol.energy(self.subject, c, samples[0], o.energy_window)
+                    lambda c=contender: protocol.energy(
+                        self.subject, c, samples[0], o.energy_window, self.work
+                    )
                 )
                 if found is not None:
                     self._energy[contender.name] = found
@@ -315,10 +330,13 @@ class Bench:
             return
         samples, quality = (None, None) if not shards else self._samples_and_quality(contender, shards)
         counts, counted = self._counts(contender, shards)
+        described = contender.described
+        if found := contender.calibrated(self.work):
+            described = described.model_copy(update={"settings": {**described.settings, **found}})
         record = Record(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             code=code(),
-            contender=contender.described,
+            contender=described,
             model=self.model,
             task=self.task.ref,
             environment=self.environment,
@@ -504,4 +522,4 @@ def _git(root: Path, *words: str) -> str:
     return done.stdout.strip()
 
 
-__all__ = ["ANCHORS", "Bench", "Options", "Outcome", "code"]
+__all__ = ["Bench", "Options", "Outcome", "code"]

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vivace.core.errors import ConfigError
@@ -111,19 +112,26 @@ class Contender:
 
     @contextmanager
     def session(
-        self, pipeline: Any, model: ModelDescription, steps: int, counters: bool
+        self,
+        pipeline: Any,
+        model: ModelDescription,
+        steps: int,
+        counters: bool,
+        folder: Path | None = None,
     ) -> Iterator[Session]:
         """A session in force on `pipeline`; everything is undone at the end.
 
         Args:
             steps: of the task's exact run.
             counters: count work (audit), or leave the counters out (timing).
+            folder: where what a peer calibrated is kept and found again, so that a bench calibrates once.
         """
         if self.peer is not None:
             from vivace.evaluation.peers import peer_session
 
-            settings = dict(self.settings)
+            settings = dict(self.settings) | self.calibrated(folder)
             with peer_session(pipeline, self.peer, steps, settings, counters=counters) as session:
+                self._keep(folder, session.settings)
                 yield session
             return
         with Session(pipeline, self.plan, model=model, counters=counters) as session:
@@ -132,6 +140,26 @@ class Contender:
                     yield session
             else:
                 yield session
+
+    def calibrated(self, folder: Path | None) -> dict[str, Any]:
+        """Settings that a calibration in `folder` found for this peer; empty when there was none."""
+        file = self._calibration(folder)
+        return json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else {}
+
+    def _calibration(self, folder: Path | None) -> Path | None:
+        if folder is None or self.peer is None:
+            return None
+        return folder / f"calibration-{self.peer.name}-{self.call_steps(0)}.json"
+
+    def _keep(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
+        """Only what no setting gave and no default has was found out by a run of the model."""
+        file = self._calibration(folder)
+        if file is None or self.peer is None or file.is_file():
+            return
+        stated = self.peer.settings({k: v for k, v in self.settings if k != "steps"})
+        if found := {k: v for k, v in settings.items() if stated.get(k) != v and k in stated}:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(found), encoding="utf-8")
 
     def call_steps(self, steps: int) -> int | None:
         """`num_inference_steps` to pass, or None where the plan decides."""

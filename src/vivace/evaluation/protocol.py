@@ -82,7 +82,7 @@ def timed(
             pipeline, start = subject.pipeline(), time.perf_counter()
             try:
                 sessions[contender.name] = stack.enter_context(
-                    contender.session(pipeline, subject.description, subject.task.steps, False)
+                    contender.session(pipeline, subject.description, subject.task.steps, False, file.parent)
                 )
             except Exception as error:
                 failed[contender.name] = told(error, file.parent)
@@ -183,7 +183,7 @@ def _keep(file: Path, kept: dict[str, Series]) -> None:
 # -- memory ---------------------------------------------------------------------------------------------------
 
 
-def memory(subject: Subject, contender: Contender, sample: Sample) -> Memory:
+def memory(subject: Subject, contender: Contender, sample: Sample, folder: Path | None = None) -> Memory:
     """Bytes of one warm call that makes one clip. On a GPU by stage, on a CPU the peak of this process.
 
     A process's peak never falls, so on a CPU this belongs into a process of its own (`memory_apart`).
@@ -196,7 +196,9 @@ def memory(subject: Subject, contender: Contender, sample: Sample) -> Memory:
     by_stage: dict[str, int] = {}
     steps = contender.call_steps(subject.task.steps)
     decode = subject.task.output == "frames"
-    with contender.session(subject.pipeline(), subject.description, subject.task.steps, False) as session:
+    with contender.session(
+        subject.pipeline(), subject.description, subject.task.steps, False, folder
+    ) as session:
 
         def on_step(clock: Any, record: Any) -> None:
             if cuda:
@@ -239,7 +241,7 @@ def _memory_there(job: Any, spec: str) -> Memory:
     from vivace.evaluation.shards import Worker
 
     contender = parse(spec)
-    return memory(Worker(job).subject, contender, job.samples(contender)[0])
+    return memory(Worker(job).subject, contender, job.samples(contender)[0], job.work)
 
 
 # -- energy ---------------------------------------------------------------------------------------------------
@@ -257,7 +259,13 @@ def energy_missing(device: Any) -> str:
     return ""
 
 
-def energy(subject: Subject, contender: Contender, sample: Sample, window: float = ENERGY_WINDOW) -> Energy:
+def energy(
+    subject: Subject,
+    contender: Contender,
+    sample: Sample,
+    window: float = ENERGY_WINDOW,
+    folder: Path | None = None,
+) -> Energy:
     """Joules of one warm call: calls are repeated for at least `window` seconds between two readings of NVML's counter.
 
     The idle power of the seconds before is taken off for `net`.
@@ -270,7 +278,9 @@ def energy(subject: Subject, contender: Contender, sample: Sample, window: float
     steps = contender.call_steps(subject.task.steps)
     decode = subject.task.output == "frames"
     with (
-        contender.session(subject.pipeline(), subject.description, subject.task.steps, False) as session,
+        contender.session(
+            subject.pipeline(), subject.description, subject.task.steps, False, folder
+        ) as session,
         _meter(subject.device) as read,
     ):
         subject.make(session, [sample], steps, decode=decode)

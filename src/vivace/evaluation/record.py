@@ -252,7 +252,9 @@ class Record(_Frozen):
         except OSError as error:
             raise ConfigError(f"cannot read the record {path}; check the path.") from error
         except ValueError as error:
-            raise ConfigError(f"the file {path} is not JSON; give a record that `vivace bench` wrote.") from error
+            raise ConfigError(
+                f"the file {path} is not JSON; give a record that `vivace bench` wrote."
+            ) from error
         if not isinstance(data, dict):
             raise ConfigError(f"the file {path} holds no record; give one that `vivace bench` wrote.")
         return cls.from_dict(data)

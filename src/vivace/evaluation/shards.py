@@ -30,7 +30,7 @@ from vivace.evaluation.task import Sample, Task
 if TYPE_CHECKING:
     import torch
 
-BASELINE = "exact"
+ANCHORS = ("floor", "seed")
 COUNTS = (
     "nfe",
     "nfe_requested",
@@ -54,7 +54,8 @@ class Job:
     """Only the first so many prompts; 0 means all."""
     peer_samples: int = 0
     coupled_samples: int = 0
-    """Only the first so many samples for peers, and for contenders that must be made one by one; 0 means all."""
+    anchor_samples: int = 0
+    """Only the first so many samples for peers, for contenders that must be made one by one, for anchors; 0: all."""
     threads: int = 0
     texts: tuple[str, ...] = ()
     """Prompts of the user's own, for a task without a file: a task does not carry them to another process."""
@@ -64,6 +65,8 @@ class Job:
         task = self.task.with_prompts(self.texts, self.task.model) if self.texts else self.task
         first = task.per_prompt if contender.own_noise else 0
         samples = task.samples(self.prompts, first)
+        if contender.kind in ANCHORS and self.anchor_samples:
+            return samples[: self.anchor_samples]
         if contender.batch_coupled and self.coupled_samples:
             return samples[: self.coupled_samples]
         if contender.peer is not None and self.peer_samples:
