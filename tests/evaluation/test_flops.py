@@ -20,7 +20,7 @@ def wan():
 
 
 def by_hand(config, latent, text, rows=1):
-    """FLOPs of one Wan transformer call, from the paper's architecture: patch, text, blocks, head. 2 per multiply-add."""
+    """FLOPs of one Wan transformer call, from the paper's architecture: patch, text, blocks, head; 2 a multiply-add."""
     t, h, w = latent
     p = config.patch_size
     s = (t // p[0]) * (h // p[1]) * (w // p[2])

@@ -46,7 +46,10 @@ def compare(
     fps: options.Fps = None,
     lpips_weights: Annotated[
         Path | None,
-        typer.Option(help="AlexNet weights for LPIPS, which is skipped without.", show_default=False),
+        typer.Option(
+            help="AlexNet weights for LPIPS; default: the fetched ones, without which it is skipped.",
+            show_default=False,
+        ),
     ] = None,
     dtype: options.Precision = DType.AUTO,
     device: options.Device = "auto",

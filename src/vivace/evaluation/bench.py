@@ -63,11 +63,11 @@ T = TypeVar("T")
 class Options:
     """How a bench runs.
 
-    `limit`: only the first so many prompts (a trial; the record says so). `peer_samples`, `coupled_samples`,
-    `anchor_samples`: only the first so many samples for peers, for contenders that are made one by one, for the anchors;
-    0: all. `repeats`, `warmups`: of the
-    timed run; None: the task's. `warmup_steps`: shorter warm-up calls, where a whole one takes minutes. `jobs`:
-    processes of the quality run. `audit`: count a call of each contender of a speed task, which costs a whole run.
+    `limit`: only the first so many prompts (a trial; the record says so). `peer_samples`, `coupled_samples` and
+    `anchor_samples`: only the first so many samples for peers, for contenders that are made one by one, for the
+    anchors; 0: all. `repeats`, `warmups`: of the timed run; None: the task's. `warmup_steps`: shorter warm-up calls,
+    where a whole one takes minutes. `jobs`: processes of the quality run. `audit`: count a call of each contender of a
+    speed task, which costs a whole run.
     """
 
     device: str = "cpu"
@@ -261,7 +261,10 @@ class Bench:
                             contender = waiting.pop(future)
                             yield contender.name, future.result()[2]
             except BaseException:
+                # What is under way is made again by the next call; waiting for it could take minutes.
                 pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.terminate()
                 raise
 
     def _cost(self) -> None:

@@ -68,6 +68,14 @@ class Comparison:
         return [_sentence(name_a, name_b, n, r, self.series.get(n, {})) for n, r in self.results().items()]
 
 
+def _title(card: Any, series: Any) -> str:
+    """The metric's title for its first series; the others are told apart by their own names."""
+    if series is card.series[0]:
+        return card.title
+    words = series.name.replace("_", " ")
+    return words[:1].upper() + words[1:]
+
+
 def series_table(cards: Iterable[Any] | None = None) -> dict[str, dict[str, Any]]:
     """What is known of every series.
 
@@ -82,7 +90,7 @@ def series_table(cards: Iterable[Any] | None = None) -> dict[str, dict[str, Any]
         s.name: {
             "metric": card.name,
             "version": card.version,
-            "title": card.title,
+            "title": _title(card, s),
             "unit": s.unit,
             "better": str(s.better),
             "about": s.about,

@@ -50,9 +50,10 @@ class Contender:
 
     @property
     def name(self) -> str:
-        """Unique within a task: the text without its prefix."""
-        prefix, colon, rest = self.spec.partition(":")
-        return rest if colon and prefix in ("plan", "peer") else self.spec
+        """Unique within a task: the plan's own name, or the text without its prefix."""
+        if self.kind == "plan":
+            return self.plan.name
+        return self.spec.removeprefix("peer:")
 
     @property
     def batch_coupled(self) -> bool:
@@ -208,6 +209,7 @@ def plan_of(text: str) -> Plan:
     plan = Plan.load(name)
     if not changes:
         return plan
+    called = f"{plan.name}@{changes}"
     items = {t.card.name: t for t in plan.techniques}
     for change in changes.split(","):
         path, equals, value = change.partition("=")
@@ -220,7 +222,7 @@ def plan_of(text: str) -> Plan:
             items[technique] = items[technique].replace(**{field: json.loads(value)})
         except (ValueError, TypeError):
             raise ConfigError(f"'{change}' cannot be read; write technique.setting=value.") from None
-    return Plan(items.values(), name=text, summary=plan.summary, optional=plan.optional)
+    return Plan(items.values(), name=called, summary=plan.summary, optional=plan.optional)
 
 
 @contextmanager

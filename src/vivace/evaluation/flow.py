@@ -6,13 +6,15 @@ is the value anywhere. Metrics that look at one batch in turn share the flow thr
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import itertools
-import os
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -60,7 +62,7 @@ def optical_flow(clips: Any, workers: int | None = None) -> np.ndarray:
 
     Args:
         clips: `(B, T, H, W, 3)`, numpy or torch, uint8 or float in [0, 1]; T of 1 gives an empty axis.
-        workers: threads (OpenCV lets go of the interpreter while it searches); None: one for each usable core.
+        workers: threads (OpenCV lets go of the interpreter while it searches); None: as many as torch uses.
 
     Raises:
         UnavailableError: OpenCV is absent.
@@ -103,7 +105,29 @@ def warp(frames: torch.Tensor, flow: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 def _cores() -> int:
-    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    """Torch's number of threads: a bench of several processes gives each its share of the cores there."""
+    import torch
+
+    return min(16, torch.get_num_threads())
+
+
+@functools.cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    """Threads that stay, because each holds a searcher with its buffers."""
+    return ThreadPoolExecutor(workers, thread_name_prefix="flow")
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """OpenCV's own threads off: times ours, and times several processes, they would crowd out each other."""
+    import cv2
+
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(before)
 
 
 def _clip_flow(frames: np.ndarray, workers: int) -> np.ndarray:
@@ -116,8 +140,8 @@ def _clip_flow(frames: np.ndarray, workers: int) -> np.ndarray:
     flow = np.zeros((len(frames) - 1, *frames.shape[1:], 2), np.float32)
     pairs = list(itertools.pairwise(frames))
     if workers > 1 and len(pairs) > 1:
-        with ThreadPoolExecutor(workers) as pool:
-            found = list(pool.map(_pair, pairs))
+        with _one_thread_each():
+            found = list(_pool(workers).map(_pair, pairs))
     else:
         found = [_pair(pair) for pair in pairs]
     for t, value in enumerate(found):

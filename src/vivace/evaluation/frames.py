@@ -111,7 +111,8 @@ def unit_clips(clips: Any, name: str = "clips", device: Any = "cpu") -> torch.Te
     tensor = torch.as_tensor(clips)
     if tensor.ndim != 5 or tensor.shape[-1] != 3 or 0 in tensor.shape:
         raise FrameError(
-            f"{name} must have the shape (B, T, H, W, 3) with nothing empty, got {tuple(tensor.shape)}; reorder the axes"
+            f"{name} must have the shape (B, T, H, W, 3) with nothing empty, got {tuple(tensor.shape)}; "
+            "reorder the axes"
         )
     tensor = tensor.to(device)
     if tensor.dtype == torch.uint8:

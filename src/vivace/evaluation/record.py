@@ -21,8 +21,8 @@ from vivace.core.errors import ConfigError
 
 VERSION = 1
 Kind = Literal["exact", "steps", "plan", "peer", "floor", "seed"]
-"""`exact`: the task's baseline. `steps`: the exact run with fewer solver steps, the control every cache needs. `plan`: a
-plan of ours. `peer`: somebody else's acceleration. `floor`: the exact run again with another kernel or precision (the
+"""`exact`: the task's baseline. `steps`: the exact run with fewer solver steps, the control every cache needs. `plan`:
+a plan of ours. `peer`: somebody else's acceleration. `floor`: the exact run again with another kernel or precision (the
 noise floor). `seed`: the exact run with other seeds (the ceiling of a paired distance)."""
 
 
@@ -141,7 +141,7 @@ class Energy(_Frozen):
 
 
 class Estimate(_Frozen):
-    """A mean with its 95 % interval over prompts. Infinite or undefined values are left out and counted in `left_out`."""
+    """A mean with its 95 % interval over prompts. Infinite and undefined values are left out and counted."""
 
     mean: float | None
     low: float | None
@@ -263,8 +263,8 @@ class Record(_Frozen):
 class Samples(_Frozen):
     """Values of single samples, one entry per sample in every column, in the task's order.
 
-    `prompt` and `k` name the sample: prompt index within the task and repeat. NaN: does not apply. A column is a series of
-    a metric, a count (`count.flops`) or a stage's seconds (`seconds.denoise`).
+    `prompt` and `k` name the sample: prompt index within the task and repeat. NaN: does not apply. A column is a series
+    of a metric, a count (`count.flops`) or a stage's seconds (`seconds.denoise`).
     """
 
     ids: tuple[str, ...]

@@ -8,6 +8,7 @@ always names it. Rows of different models are never joined and never ranked toge
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 Board = Mapping[str, Any]
@@ -107,6 +108,8 @@ def title_of(contender: Mapping[str, Any]) -> tuple[str, str]:
         steps = name.partition("=")[2] or (contender.get("settings") or {}).get("steps", "")
         return contender.get("label") or f"exact, {steps} steps", "fewer steps, the control"
     base, _, knob = name.partition("@")
+    if base.endswith((".yaml", ".yml", ".json")):
+        base = PurePath(base).stem
     title = contender.get("label") or (base.rpartition(".")[2] if kind == "peer" else base)
     package = " ".join(p for p in (contender.get("package"), contender.get("package_version")) if p)
     parts = (contender.get("knob") or knob, package or ("plan" if kind == "plan" else ""))

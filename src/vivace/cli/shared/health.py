@@ -18,7 +18,10 @@ ROOM = 512 * 2**20
 """Free space under which a comparison may not fit."""
 _TELLING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
 _EXTRAS = {
-    "lpips": ("LPIPS between clips", "pip install --no-deps lpips, beside a torchvision that fits torch"),
+    "cv2": ("metrics by optical flow", "pip install 'vivace[eval]'"),
+    "pyarrow": ("Parquet beside a report", "pip install 'vivace[eval]'"),
+    "pycvvdp": ("ColorVideoVDP between clips", "pip install --no-deps cvvdp==0.5.7"),
+    "cache_dit": ("the peers of cache-dit", "pip install 'vivace[peers]'"),
     "triton": ("GPU kernels", "pip install triton"),
     "pytest": ("the tests", "pip install 'vivace[dev]'"),
 }
@@ -37,7 +40,7 @@ class Check:
 
 def examine() -> list[Check]:
     """All checks, in the order in which they are shown."""
-    parts = (_software, _machine, _model, _kernels, _video, _extras, _space)
+    parts = (_software, _machine, _model, _kernels, _video, _extras, _weights, _space)
     return [check for part in parts for check in part()]
 
 
@@ -160,10 +163,28 @@ def _extras() -> Iterator[Check]:
             section="Optional",
             name=name,
             state="good" if there else "fair",
-            detail=f"{importlib.metadata.version(name)}, for {what}"
-            if there
-            else f"not installed; for {what}",
+            detail=f"{_version(name)}, for {what}" if there else f"not installed; for {what}",
             advice="" if there else line,
+        )
+
+
+def _version(module: str) -> str:
+    """The version of the package that a module comes from."""
+    packages = importlib.metadata.packages_distributions().get(module, [module])
+    return importlib.metadata.version(packages[0])
+
+
+def _weights() -> Iterator[Check]:
+    from vivace.evaluation import weights
+
+    for name in weights.known:
+        why = weights.missing(name)
+        yield Check(
+            section="Optional",
+            name=name,
+            state="fair" if why else "good",
+            detail=f"{'not here' if why else 'here'}; {weights.known[name].title}",
+            advice=weights.COMMAND if why else "",
         )
 
 

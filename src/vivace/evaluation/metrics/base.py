@@ -1,8 +1,8 @@
 """What a metric is: a card that states its convention, and one function over decoded clips.
 
-A metric knows clips and prompts; it never knows a plan or how a clip was made. Clips are `(B, T, H, W, 3)` tensors, RGB,
-uint8 in [0, 255] or floating point in [0, 1], before any codec. A metric that cannot run here says why (`missing`); it
-never answers with a zero.
+A metric knows clips and prompts; it never knows a plan or how a clip was made. Clips are `(B, T, H, W, 3)` tensors,
+RGB, uint8 in [0, 255] or floating point in [0, 1], before any codec. A metric that cannot run here says why
+(`missing`); it never answers with a zero.
 """
 
 from __future__ import annotations
