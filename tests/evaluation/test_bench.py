@@ -120,6 +120,10 @@ def test_samples_and_clips_lie_beside_the_record(whole, records):
     assert all(math.isfinite(v) for v in samples.columns["psnr"])
     # Latents are kept of the first two samples; the others are NaN, never zero.
     assert [math.isnan(v) for v in samples.columns["latent_rel_l2"]] == [False] * 2 + [True] * 4
+    assert [len(row) for row in samples.curves["latent_rel_l2"]] == [2, 2]  # two clips, two steps
+    assert samples.curves["latent_rel_l2"][0][-1] == pytest.approx(
+        samples.columns["latent_rel_l2"][0], rel=1e-5
+    )
     assert list(records["exact"].clips) == ["0.0"]
     assert (job.store.path / records["exact"].clips["0.0"]).stat().st_size > 500
 

@@ -9,37 +9,22 @@ import datetime
 import hashlib
 import json
 import multiprocessing
-import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from vivace.core.env import environment
 from vivace.core.errors import ConfigError
 from vivace.evaluation import protocol
+from vivace.evaluation.assemble import code, mean_counts, quality_of, samples_of
 from vivace.evaluation.contender import Contender, parse
-from vivace.evaluation.metrics.base import MetricCard, Scope, registry
+from vivace.evaluation.metrics.base import registry
 from vivace.evaluation.protocol import Watch, quiet_watch
-from vivace.evaluation.record import (
-    Energy,
-    Estimate,
-    Memory,
-    MetricRef,
-    Model,
-    Quality,
-    Record,
-    Samples,
-    Timing,
-    canonical,
-)
+from vivace.evaluation.record import Energy, Memory, Model, Quality, Record, Timing, canonical
 from vivace.evaluation.shards import (
     ANCHORS,
     Job,
@@ -51,7 +36,6 @@ from vivace.evaluation.shards import (
     start_worker,
     told,
 )
-from vivace.evaluation.statistics import estimate
 from vivace.evaluation.store import Store
 from vivace.evaluation.subject import Subject
 from vivace.evaluation.task import Task
@@ -331,7 +315,9 @@ class Bench:
         timing = self._timing.get(contender.name)
         if not shards and timing is None:
             return
-        samples, quality = (None, None) if not shards else self._samples_and_quality(contender, shards)
+        samples, quality = (
+            (samples_of(shards), self._quality_of(contender, shards)) if shards else (None, None)
+        )
         counts, counted = self._counts(contender, shards)
         described = contender.described
         if found := contender.calibrated(self.work):
@@ -357,89 +343,19 @@ class Bench:
         )
         self.outcome.records[contender.name] = self.store.add(record, samples)
 
-    def _samples_and_quality(self, contender: Contender, shards: Sequence[Shard]) -> tuple[Samples, Quality]:
-        names = sorted({n for s in shards for n in s.columns})
-        columns = {
-            n: tuple(v for s in shards for v in s.columns.get(n, [float("nan")] * len(s.ids))) for n in names
-        }
-        prompts = [p for s in shards for p in s.prompt]
-        samples = Samples(
-            ids=tuple(i for s in shards for i in s.ids),
-            prompt=tuple(prompts),
-            k=tuple(k for s in shards for k in s.k),
-            seed=tuple(v for s in shards for v in s.seed),
-            columns=columns,
-            hashes=tuple(h for s in shards for h in s.hashes),
-            curves={n: tuple(map(tuple, rows)) for s in shards for n, rows in s.curves.items()},
-        )
-        groups: dict[str, dict[str, Estimate]] = {"fidelity": {}, "absolute": {}, "distribution": {}}
-        used, skipped = [], {}
-        for use in self.task.metrics:
-            metric = registry[use.name](self.subject.device)
-            card = metric.card
-            if card.version != use.version:
-                skipped[card.name] = f"the task wants version {use.version}, here is version {card.version}."
-                continue
-            reasons = (shard.skipped.get(card.name, "") for shard in shards)
-            if why := metric.missing() or next(filter(None, reasons), ""):
-                skipped[card.name] = why
-                continue
-            if card.scope is Scope.SET:
-                found, why = self._set_values(metric, contender, shards)
-            else:
-                present = [s for s in card.series if s.name in columns]
-                found = {
-                    s.name: estimate(columns[s.name], prompts, better=s.better.value, binary=s.binary)
-                    for s in present
-                }
-                why = "" if found else _unmeasured(card, contender)
-            if why:
-                skipped[card.name] = why
-            if found:
-                groups[card.group.value] |= found
-                used.append(_reference(card, tuple(found)))
-        reference = "" if contender.kind == "exact" else "exact"
-        return samples, Quality(metrics=tuple(used), skipped=skipped, reference=reference, **groups)
-
-    def _set_values(
-        self, metric: Any, contender: Contender, shards: Sequence[Shard]
-    ) -> tuple[dict[str, Estimate], str]:
-        if contender.kind == "exact":
-            return {}, "the exact run is the reference."
-        baseline = parse("exact")
-        theirs = [Shard.load(self.job.folder(baseline), n) for n in range(len(shards))]
-        name = metric.card.name
-        mine = np.concatenate([s.features[name] for s in shards])
-        reference = np.concatenate([s.features[name] for s in theirs])[: len(mine)]
-        prompts = [p for s in shards for p in s.prompt]
-        try:
-            values = metric.distance(reference, mine, prompts)
-        except ConfigError as error:
-            return {}, str(error)
-        return {
-            series: Estimate(
-                mean=v.value,
-                low=v.low,
-                high=v.high,
-                prompts=len(set(prompts)),
-                samples=len(prompts),
-                p=v.p,
-                how=v.note or "bootstrap over prompts, paired with the exact run",
-            )
-            for series, v in values.items()
-        }, ""
+    def _quality_of(self, contender: Contender, shards: Sequence[Shard]) -> Quality:
+        baseline = self.job.folder(parse("exact"))
+        theirs = [] if contender.kind == "exact" else [Shard.load(baseline, n) for n in range(len(shards))]
+        return quality_of(self.task.metrics, contender.kind, shards, theirs, self.subject.device)
 
     def _counts(self, contender: Contender, shards: Sequence[Shard]) -> tuple[dict[str, float], str]:
         """Counts of one clip: the mean over the audited clips; for a speed task one audit call."""
         if shards:
-            weights = [len(s.ids) for s in shards]
-            counts = {
-                n: float(np.average([s.counts[n] for s in shards], weights=weights)) for n in shards[0].counts
-            }
+            counts, made = mean_counts(shards), sum(len(s.ids) for s in shards)
             size = "one by one" if contender.batch_coupled else f"in batches of {self.task.batch}"
-            every = len(self.job.task.samples(self.options.limit)) if not self.options.texts else sum(weights)
-            which = "all" if sum(weights) == every else f"of {every} the first"
-            counted = f"eager, counters on, {which} {sum(weights)} clips, made {size}"
+            every = len(self.task.samples(self.options.limit))
+            which = "all" if made == every else f"of {every} the first"
+            counted = f"eager, counters on, {which} {made} clips, made {size}"
         elif self.options.audit:
             counts, counted = self._audit(contender)
         else:
@@ -485,44 +401,4 @@ class Bench:
         return {file.stem: self.store.add_clip(file.read_bytes()) for file in sorted(folder.glob("*.mp4"))}
 
 
-def _reference(card: MetricCard, series: tuple[str, ...]) -> MetricRef:
-    return MetricRef(
-        name=card.name,
-        version=card.version,
-        group=card.group.value,
-        series=series,
-        backbone=card.backbone.name if card.backbone else "",
-        backbone_sha256=card.backbone.sha256 if card.backbone else "",
-    )
-
-
-def _unmeasured(card: MetricCard, contender: Contender) -> str:
-    if contender.kind == "exact":
-        return "the exact run is the reference."
-    if card.scope is Scope.LATENT:
-        return "other noise: there is no common trajectory."
-    return "no sample was measured."
-
-
-def code() -> dict[str, Any]:
-    """Version and, where there is a checkout, commit and whether the sources differ from it.
-
-    `VIVACE_COMMIT` names the commit where the sources were copied without their history.
-    """
-    import vivace
-
-    out: dict[str, Any] = {"version": vivace.__version__, "commit": os.environ.get("VIVACE_COMMIT", "")}
-    root = Path(vivace.__file__).parents[2]
-    if not out["commit"] and (root / ".git").exists():
-        with suppress(OSError, subprocess.CalledProcessError):
-            out["commit"] = _git(root, "rev-parse", "HEAD")
-            out["dirty"] = bool(_git(root, "status", "--porcelain", "--", "src"))
-    return out
-
-
-def _git(root: Path, *words: str) -> str:
-    done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-__all__ = ["Bench", "Options", "Outcome", "code"]
+__all__ = ["Bench", "Options", "Outcome"]

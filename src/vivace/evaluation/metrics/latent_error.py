@@ -90,6 +90,22 @@ class LatentError(Metric):
             "latent_cosine": curve.cosine[-1].tolist(),
         }
 
+    def curve(self, context: Context) -> dict[str, list[list[float]]]:
+        """Both errors after every step, a row for each clip, and the noise levels of the steps.
+
+        Raises:
+            ConfigError: a trajectory is missing.
+            FrameError: a trajectory has a wrong shape, or values that are not finite.
+        """
+        if context.trajectory is None or context.reference_trajectory is None:
+            raise ConfigError("latent_error compares trajectories; record the latents of both runs.")
+        found = error_curve(context.reference_trajectory, context.trajectory)
+        return {
+            "sigma": [list(found.sigmas)],
+            "latent_rel_l2": found.rel_l2.T.tolist(),
+            "latent_cosine": found.cosine.T.tolist(),
+        }
+
 
 def error_curve(reference: Trajectory, candidate: Trajectory) -> ErrorCurve:
     """Errors at every step of the candidate.
