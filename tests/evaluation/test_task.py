@@ -74,7 +74,7 @@ def test_seeds_depend_on_the_prompt_and_the_repeat_alone():
 def test_a_changed_prompt_list_is_refused(tmp_path):
     text = "vivace_task: 1\nname: x\nversion: 1\ntitle: x\nabout: x\nkind: quality\n"
     text += "frames: 9\nheight: 64\nwidth: 64\nfps: 8\nsteps: 4\nguidance: 4\n"
-    text += f"prompts: {{file: world-smoke.txt, sha256: {'0' * 64}, count: 4}}\n"
+    text += f"prompts: {{file: world-smoke.txt, sha256: {'a' * 64}, count: 4}}\n"
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ConfigError, match="has changed"):
         Task.load(tmp_path / "x.yaml").prompt_texts()
