@@ -191,3 +191,12 @@ def test_wilcoxon_is_scipys(n: int, ties: bool) -> None:
     method = "exact" if n <= 25 and not ties else "asymptotic"
     wanted = stats.wilcoxon(d, zero_method="wilcox", correction=False, method=method).pvalue
     assert paired(d, np.zeros(n), range(n)).p_wilcoxon == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(("prompts", "said"), [(4, "undecided"), (8, "undecided"), (400, "non-inferior")])
+def test_a_few_prompts_that_agree_show_nothing(prompts, said):
+    """Equal shares on four prompts have no spread, and an interval of width 0 would call them non-inferior."""
+    same = [1.0] * prompts
+    result = paired(same, same, range(prompts), margin=0.02)
+    assert result.difference.low < 0 < result.difference.high
+    assert judge({"attributes": result})["attributes"].verdict == said

@@ -28,6 +28,7 @@ from vivace.evaluation.statistics import (
 ALPHA = 0.05
 EXACT = 25
 """Up to so many prompts the signed-rank test is exact."""
+NO_SPREAD = 1e-12
 VERDICTS = ("better", "non-inferior", "equivalent", "worse", "inferior", "undecided", "no margin")
 
 
@@ -111,6 +112,10 @@ def paired(
         narrow = t_interval(means, 1 - 2 * ALPHA)
         difference, low, high = t_interval(means), narrow.low, narrow.high
         sd = float(np.std(means, ddof=1)) if len(means) > 1 else math.nan
+    spread = sd
+    if not binary and sd <= NO_SPREAD and _are_shares(first, second):
+        # A few prompts that agree do not show that every prompt would: the interval stays open, as for binary values.
+        difference, low, high, spread = _binary_interval(means)
     if binary and single:
         p, test = _mcnemar(d[used]), "McNemar, exact"
     elif binary:
@@ -120,7 +125,7 @@ def paired(
         )
     else:
         p, test = _mean_p(means, sd), "t on prompt means"
-    needed, needed_for = _needed(difference.value, sd, better, margin)
+    needed, needed_for = _needed(difference.value, spread, better, margin)
     return Paired(
         difference=difference,
         bounds=(low, high),
@@ -132,7 +137,7 @@ def paired(
         p=p,
         test=test,
         p_wilcoxon=_wilcoxon(d, numbers),
-        sd=sd,
+        sd=spread,
         samples=int(used.sum()),
         left_out=int((~used & ~(np.isnan(first) & np.isnan(second))).sum()),
         needed=needed,
@@ -183,6 +188,13 @@ def verdict(result: Paired, *, reference: bool = True) -> str:
     if certain:
         return "worse"
     return "undecided" if margin is not None else "no margin"
+
+
+def _are_shares(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether all values lie in [0, 1], so that one prompt can move the mean by 1 / n at most."""
+    both = np.concatenate([first, second])
+    both = both[~np.isnan(both)]
+    return bool(both.size) and bool(np.all((both >= 0.0) & (both <= 1.0)))
 
 
 def _binary_interval(means: np.ndarray) -> tuple[Interval, float, float, float]:
