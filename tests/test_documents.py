@@ -51,3 +51,14 @@ def test_every_test_folder_is_collected():
     assert 'testpaths = ["tests"]' in configured
     names = [p.name for p in (ROOT / "tests").rglob("*.py") if p.name.startswith("test")]
     assert all(name.startswith("test_") for name in names)
+
+
+def test_the_protocol_page_names_every_metric_task_and_rule():
+    from vivace.evaluation.metrics.base import registry
+    from vivace.evaluation.task import names
+
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    missing = [n for n in (*registry, *names()) if f"`{n}`" not in text]
+    assert not missing
+    assert [f"**{i}." in text for i in range(1, 15)] == [True] * 14
+    assert not re.findall(r"%[A-Z]+%", text)
