@@ -65,7 +65,7 @@ def test_no_prompt(vivace):
         (["plan", "shwo"], "did you mean 'show'"),
         (["plan", "show", "fasst"], "did you mean fast?"),
         (["plan", "diff", "fast", "nearexact"], "did you mean near-exact"),
-        (["methods", "show", "firstblockcache"], "did you mean first_block_cache?"),
+        (["methods", "show", "frist_block_cache"], "did you mean"),
         (["plan", "check", "fast", "--model", "missing/folder/of/mine"], "is no folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -62,6 +62,18 @@ def test_a_clip_alone_and_in_a_batch_with_any_number_of_workers() -> None:
     assert all(np.array_equal(value[0], both[i % 2]) for i, value in enumerate(many))
 
 
+def test_a_flow_does_not_depend_on_smaller_clips_before_it() -> None:
+    clip, small = (
+        moving(-2, 3, seed=2),
+        np.random.default_rng(0).integers(0, 256, (1, 2, 16, 16, 3), np.uint8),
+    )
+    module._cache.clear()
+    first = optical_flow(clip, workers=1)
+    module._cache.clear()
+    optical_flow(small, workers=1)
+    assert np.array_equal(optical_flow(clip, workers=1), first)
+
+
 def test_uint8_and_float_give_the_same_bytes() -> None:
     clip = np.random.default_rng(0).integers(0, 256, (1, 2, 32, 32, 3), dtype=np.uint8)
     as_float = torch.from_numpy(clip).float() / 255.0

@@ -44,7 +44,12 @@ def test_a_folder_gives_the_pipeline_that_was_saved(saved):
     pipe = load(saved)
     pipe.set_progress_bar_config(disable=True)
     assert type(pipe).__name__ == "WanPipeline"
-    assert torch.equal(run(pipe), run(models.pipeline("wan2.2")))
+    original = models.pipeline("wan2.2")
+    for part in ("transformer", "transformer_2", "vae", "text_encoder"):
+        weights = getattr(original, part).state_dict()
+        assert all(torch.equal(weights[k], v) for k, v in getattr(pipe, part).state_dict().items())
+    # Weights read from a file lie at other addresses, and on some processors a product's rounding depends on those.
+    torch.testing.assert_close(run(pipe), run(original), rtol=0, atol=1e-4)
     assert describe_pipeline(pipe).name == "small-wan"
 
 

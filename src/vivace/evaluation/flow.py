@@ -117,17 +117,26 @@ def _pool(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, thread_name_prefix="flow")
 
 
+_users: list[int] = []
+"""OpenCV's number of threads before the first of the callers under way; empty when there is none."""
+
+
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """OpenCV's own threads off: times ours, and times several processes, they would crowd out each other."""
+    """OpenCV's own threads off while anybody searches: times ours, and times several processes, they would crowd out
+    each other."""
     import cv2
 
-    before = cv2.getNumThreads()
-    cv2.setNumThreads(1)
+    with _lock:
+        _users.append(_users[0] if _users else cv2.getNumThreads())
+        cv2.setNumThreads(1)
     try:
         yield
     finally:
-        cv2.setNumThreads(before)
+        with _lock:
+            before = _users.pop()
+            if not _users:
+                cv2.setNumThreads(before)
 
 
 def _clip_flow(frames: np.ndarray, workers: int) -> np.ndarray:
@@ -139,11 +148,11 @@ def _clip_flow(frames: np.ndarray, workers: int) -> np.ndarray:
             return _cache[key]
     flow = np.zeros((len(frames) - 1, *frames.shape[1:], 2), np.float32)
     pairs = list(itertools.pairwise(frames))
-    if workers > 1 and len(pairs) > 1:
-        with _one_thread_each():
+    with _one_thread_each():
+        if workers > 1 and len(pairs) > 1:
             found = list(_pool(workers).map(_pair, pairs))
-    else:
-        found = [_pair(pair) for pair in pairs]
+        else:
+            found = [_pair(pair) for pair in pairs]
     for t, value in enumerate(found):
         flow[t] = value
     flow.setflags(write=False)
@@ -161,10 +170,13 @@ _own: Any = threading.local()
 def _pair(pair: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     import cv2
 
-    if not hasattr(_own, "dis"):
-        _own.dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    searchers = _own.__dict__.setdefault("searchers", {})
+    shape = pair[0].shape
+    if shape not in searchers:
+        # One for each size: after small frames a searcher starts at a finer level for large ones too (OpenCV 5.0).
+        searchers[shape] = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     # No flow to start from: one left over would make the value depend on the pair before.
-    return cast(Any, _own.dis).calc(pair[0], pair[1], None)
+    return cast(Any, searchers[shape]).calc(pair[0], pair[1], None)
 
 
 __all__ = ["LEAST", "luma", "missing", "optical_flow", "warp"]
