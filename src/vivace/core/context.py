@@ -34,6 +34,8 @@ class Evaluation:
     blocks_run: float = 0.0
     blocks_total: int = 0
     rows: int = 0
+    rows_run: int = 0
+    """Batch rows that reached the network."""
     key: Hashable = None
     grid: Any = None
     """The `TokenGrid` of this call; None when the model has no adapter."""
@@ -49,11 +51,7 @@ class Evaluation:
     def enter(self, rows: int) -> None:
         """The network is called with `rows` of the requested batch rows (half of a fused pair counts one)."""
         self.nfe += max(1, round(self.requested * rows / max(self.rows, 1)))
-
-    @property
-    def rows_run(self) -> int:
-        """Batch rows that reached the network."""
-        return self.rows * self.nfe // self.requested
+        self.rows_run += rows
 
     def mark(self, technique: str) -> None:
         """Say that `technique` changed how this evaluation was carried out."""

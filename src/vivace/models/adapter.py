@@ -51,6 +51,7 @@ class BlockLayout:
 
     hidden: str = "hidden_states"
     text: str | None = None
+    time: str = "temb"
     batched: tuple[str, ...] = ("hidden_states", "encoder_hidden_states", "temb")
     kind: str = "blocks"
 
@@ -98,6 +99,11 @@ class BlockCall:
     def text(self) -> torch.Tensor | None:
         """Text stream (B, L, C) where the block updates one, else None."""
         return self.values[self.layout.text] if self.layout.text else None
+
+    @property
+    def time(self) -> torch.Tensor | None:
+        """Time embedding (B, ...) handed to the block; None where it gets none."""
+        return self.values.get(self.layout.time)
 
     def run(self, forward: Callable[..., Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Call `forward`; returns (hidden, text or None)."""
@@ -421,3 +427,14 @@ class RootCall:
             for k, v in self.values.items()
         }
         return RootCall(values, stop - start)
+
+    def rows_at(self, index: Sequence[int]) -> RootCall:
+        """The same call for some batch rows, in the order of `index`."""
+        import torch
+
+        where = torch.tensor(list(index), device=self.values["hidden_states"].device)
+        values = {
+            k: v.index_select(0, where) if hasattr(v, "shape") and v.ndim and v.shape[0] == self.rows else v
+            for k, v in self.values.items()
+        }
+        return RootCall(values, len(where))
