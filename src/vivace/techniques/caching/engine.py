@@ -26,7 +26,7 @@ from vivace.techniques.caching.votes import Council, quantised
 if TYPE_CHECKING:
     import torch
 
-    from vivace.techniques.caching.memory import RowName, Value
+    from vivace.techniques.caching.memory import Value
 
     Streams = tuple[torch.Tensor, torch.Tensor | None]
 

@@ -21,7 +21,7 @@ RowName = tuple[str, int]
 
 @dataclass(slots=True, eq=False)
 class Stored:
-    """A tensor as it lies in the cache: as it was, rounded to bf16, or fp8 (e4m3) with one scale; perhaps on the host."""
+    """A tensor as it lies in the cache: as it was, as bf16, or as fp8 (e4m3) with one scale; perhaps on the host."""
 
     data: torch.Tensor
     scale: torch.Tensor | None

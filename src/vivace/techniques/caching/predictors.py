@@ -36,7 +36,7 @@ class Predictor:
 
 @dataclass(frozen=True, slots=True)
 class Lagrange(Predictor):
-    """The polynomial of degree `order` through the last order + 1 values: exact for such trajectories at any spacing."""
+    """The polynomial of degree `order` through the last order + 1 values: exact on polynomials at any spacing."""
 
     order: int = 2
 
