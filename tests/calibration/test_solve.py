@@ -1,0 +1,66 @@
+"""Thresholds on curves whose answers are known."""
+
+from __future__ import annotations
+
+import pytest
+
+from vivace.calibration import solve
+from vivace.core.errors import ConfigError
+
+
+def test_accumulated_change_by_hand() -> None:
+    # 0.1 + 0.1 < 0.25, a third would reach it; the step that breaks the bound is computed and starts anew.
+    assert solve.accumulated([0.0] + [0.1] * 6, 0.25) == [False, True, True, False, True, True, False]
+    assert solve.accumulated([0.0] + [0.1] * 6, 9.0, first=2, last=1) == [False] * 2 + [True] * 4 + [False]
+    assert solve.accumulated([0.0] + [0.1] * 6, 9.0, max_skip=1) == [False, True] * 3 + [False]
+
+
+def test_magcache_by_hand() -> None:
+    # Ratios 0.9: errors 0.1, then 0.1 + 0.19, then 0.29 + 0.271.
+    ratio = [1.0] + [0.9] * 9
+    assert solve.magcache(ratio, 0.3, 5, 0.2) == [
+        False,
+        False,
+        True,
+        True,
+        False,
+        True,
+        True,
+        False,
+        True,
+        True,
+    ]
+    assert solve.magcache(ratio, 0.3, 1, 0.2) == [False, False] + [True, False] * 4
+    # A ratio above one makes up for one below: the product, not the sum, is compared with one.
+    assert solve.magcache([1.0, 0.5, 2.0], 0.6, 5, 0.0) == [False, True, True]
+
+
+def test_teacache_rescales_before_it_adds() -> None:
+    change = [0.0] + [0.1] * 5
+    assert solve.teacache([2.0, 0.0], change, 0.45) == solve.accumulated(change, 0.225, 1, 1)
+    assert solve.teacache([-2.0, 0.0], change, 0.45) == solve.teacache([2.0, 0.0], change, 0.45)
+
+
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.66])
+def test_threshold_reaches_the_share(target: float) -> None:
+    change = [0.0] + [0.05 + 0.001 * i for i in range(99)]
+    found = solve.threshold_for(lambda t: solve.share(solve.accumulated(change, t)), target, 0.1)
+    assert abs(solve.share(solve.accumulated(change, found)) - target) < 0.1
+    # It does not sit on the edge of its stair.
+    assert solve.accumulated(change, found * 1.0001) == solve.accumulated(change, found)
+
+
+def test_threshold_of_a_known_curve() -> None:
+    assert solve.threshold_for(lambda t: t / (1 + t), 0.75, 1e-6) == pytest.approx(3.0, rel=1e-5)
+
+
+def test_an_unreachable_share_is_refused_with_the_nearest() -> None:
+    ratio = [1.0] + [0.99] * 19
+    with pytest.raises(ConfigError, match="nearest is 40%"):
+        solve.threshold_for(lambda t: solve.share(solve.magcache(ratio, t, 1, 0.2)), 0.8, 0.05)
+
+
+def test_speedup_as_a_share() -> None:
+    assert solve.share_for_speedup(4.0) == 0.75
+    with pytest.raises(ConfigError, match="starts at 1"):
+        solve.share_for_speedup(0.5)
