@@ -53,10 +53,10 @@ class Lagrange(Predictor):
 
 @dataclass(frozen=True, slots=True)
 class Taylor(Predictor):
-    """TaylorSeer (arXiv 2503.06923, eq. 5): sum_i D^i / i! * k^i with backward differences D^i per unit of N^i.
+    """TaylorSeer (arXiv 2503.06923): sum_i D^i k^i / i!, with k the distance to the newest remembered value.
 
-    N is the distance of the two newest computed steps, k the distance to the newest. Differences are taken as if the
-    remembered steps were equally far apart, as in the paper.
+    D^0 is the newest value and D^i the difference of two neighbouring D^(i-1), divided by their distance; see
+    `differences`. At equal distances N this is the paper's sum of (backward difference)_i / (i! N^i) k^i.
     """
 
     order: int = 1
@@ -65,40 +65,52 @@ class Taylor(Predictor):
     def depth(self) -> int:
         return self.order + 1
 
+    def basis(self, i: int, k: float) -> float:
+        """Factor of D^i at distance `k`."""
+        return k**i / math.factorial(i)
+
     def weights(self, nodes: Sequence[float], at: float) -> tuple[float, ...]:
         n = min(len(nodes), self.depth)
-        w = [0.0] * n
-        ratio = (at - nodes[0]) / (nodes[0] - nodes[1]) if n > 1 else 0.0
-        for i in range(n):
-            for j in range(i + 1):
-                w[j] += ratio**i / math.factorial(i) * (-1) ** j * math.comb(i, j)
-        return tuple(w)
+        k = at - nodes[0]
+        total = [0.0] * n
+        for i, row in enumerate(differences(nodes[:n])):
+            factor = self.basis(i, k)
+            for j, d in enumerate(row):
+                total[j] += factor * d
+        return tuple(total)
 
 
 @dataclass(frozen=True, slots=True)
-class Hermite(Predictor):
+class Hermite(Taylor):
     """HiCache (arXiv 2508.16984): Taylor's powers replaced by contracted Hermite polynomials.
 
-    k^i becomes s^i H_i(s k) with the physicists' Hermite polynomial and contraction s < 1; differences as in `Taylor`.
+    k^i becomes s^i H_i(s k) with the physicists' Hermite polynomial H_i and a contraction s < 1; k is counted in
+    steps and the differences are those of `Taylor`.
     """
 
     order: int = 2
     contraction: float = 0.5
 
-    @property
-    def depth(self) -> int:
-        return self.order + 1
+    def basis(self, i: int, k: float) -> float:
+        return self.contraction**i * hermite(i, self.contraction * k) / math.factorial(i)
 
-    def weights(self, nodes: Sequence[float], at: float) -> tuple[float, ...]:
-        n = min(len(nodes), self.depth)
-        w = [0.0] * n
-        ratio = (at - nodes[0]) / (nodes[0] - nodes[1]) if n > 1 else 0.0
-        s = self.contraction
-        for i in range(n):
-            basis = 1.0 if i == 0 else s**i * hermite(i, s * ratio)
-            for j in range(i + 1):
-                w[j] += basis / math.factorial(i) * (-1) ** j * math.comb(i, j)
-        return tuple(w)
+
+def differences(nodes: Sequence[float]) -> tuple[tuple[float, ...], ...]:
+    """Weights of the values whose sums are D^0, D^1, ... at the newest node, one row for each order.
+
+    D^i_j = (D^(i-1)_j - D^(i-1)_(j+1)) / (t_j - t_(j+1)): what is known when differences are renewed at every computed
+    step. They are i-th derivatives where the nodes are equally far apart.
+    """
+    n = len(nodes)
+    level = [[1.0 if i == j else 0.0 for i in range(n)] for j in range(n)]
+    out = [tuple(level[0])]
+    for _ in range(1, n):
+        level = [
+            [(a - b) / (nodes[j] - nodes[j + 1]) for a, b in zip(level[j], level[j + 1], strict=True)]
+            for j in range(len(level) - 1)
+        ]
+        out.append(tuple(level[0]))
+    return tuple(out)
 
 
 def hermite(order: int, x: float) -> float:
@@ -125,14 +137,17 @@ class Momentum(Predictor):
 
 @dataclass(frozen=True, slots=True)
 class Bdf(Predictor):
-    """FoCa's forecast and calibration (arXiv 2508.16211): a BDF2 predictor, corrected by Heun's trapezium.
+    """FoCa's forecast and calibration (arXiv 2508.16211): a BDF2 forecast, calibrated by Heun's trapezium.
 
-    The feature is taken as the solution of an ODE F' = f(t). The slope f at the newest node is the one of the parabola
-    (BDF2, variable step) through the last three values; the corrector averages it with the slope extrapolated to the
-    target. Three nodes; with fewer it is a straight line or reuse.
+    The value is taken as the solution of an ODE. Forecast: P = V_0 + k f_0, where f_0 is the slope that the BDF2
+    formula (variable step) gives at the newest of three values. Calibration: V_0 + k (f_0 + f_P) / 2, where f_P is the
+    BDF2 slope of P, V_0, V_1 at the target. With two values it is their straight line, with one reuse.
+
+    On a curved trajectory with computed steps h apart, the error is k^2 F'' / 2 before calibration and
+    (1 + k / (k + h)) k^2 F'' / 4 after it.
     """
 
-    corrector: bool = True
+    calibrate: bool = True
 
     @property
     def depth(self) -> int:
@@ -140,14 +155,20 @@ class Bdf(Predictor):
 
     def weights(self, nodes: Sequence[float], at: float) -> tuple[float, ...]:
         n = min(len(nodes), 3)
-        if n == 1:
-            return (1.0,)
         k = at - nodes[0]
+        if n == 1 or k == 0.0:
+            return (1.0,) + (0.0,) * (n - 1)
         slope = derivative(nodes[:n], nodes[0])
-        if self.corrector and n == 3:
-            ahead = derivative(nodes[:n], at)
-            slope = tuple(0.5 * (a + b) for a, b in zip(slope, ahead, strict=True))
-        return tuple((1.0 if i == 0 else 0.0) + k * s for i, s in enumerate(slope))
+        forecast = [(1.0 if i == 0 else 0.0) + k * s for i, s in enumerate(slope)]
+        if n < 3 or not self.calibrate:
+            return tuple(forecast)
+        ahead = derivative((at, nodes[0], nodes[1]), at)
+        known = (ahead[1], ahead[2], 0.0)
+        steep = [ahead[0] * f + d for f, d in zip(forecast, known, strict=True)]
+        return tuple(
+            (1.0 if i == 0 else 0.0) + 0.5 * k * (a + b)
+            for i, (a, b) in enumerate(zip(slope, steep, strict=True))
+        )
 
 
 def derivative(nodes: Sequence[float], at: float) -> tuple[float, ...]:
