@@ -175,6 +175,20 @@ class LinearSite:
         return self.parent._modules[self.name]  # type: ignore[return-value]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class FeedForwardSite:
+    """One feed-forward module of a block: token by token, (B, S, C) to (B, S, C).
+
+    `kind` is `ffn` (the video stream, or both streams where one module sees the joined tokens in the order of joint
+    attention), or `text.ffn` (the text stream's own).
+    """
+
+    site: str
+    index: int
+    module: nn.Module
+    kind: str
+
+
 @dataclass(slots=True, eq=False)
 class Expert:
     """One transformer of the pipeline (Wan 2.2 has two)."""
@@ -183,6 +197,7 @@ class Expert:
     module: nn.Module
     blocks: list[Block] = field(default_factory=list)
     attentions: list[AttentionSite] = field(default_factory=list)
+    feed_forwards: list[FeedForwardSite] = field(default_factory=list)
     linears: list[LinearSite] = field(default_factory=list)
 
     @property
@@ -277,6 +292,11 @@ class Adapter:
     """Path of a linear inside a block -> role."""
     attention: ClassVar[Mapping[str, str]] = {}
     """Attribute of an attention module inside a block -> kind."""
+    feed_forward: ClassVar[Mapping[str, str]] = {}
+    """Attribute of a feed-forward module inside a block -> kind (see `FeedForwardSite`).
+
+    A block that projects attention and feed-forward out together has none.
+    """
     depth_keys: ClassVar[Mapping[str, str]] = {"blocks": "num_layers"}
     """Block-list attribute -> configuration key of its length."""
     joint_text: ClassVar[str] = ""
@@ -301,6 +321,9 @@ class Adapter:
                         expert.attentions.append(
                             AttentionSite(f"{site}.{path}", index, found, kind, heads, head_dim)
                         )
+                for path, kind in self.feed_forward.items():
+                    if (found := getattr(block, path, None)) is not None:
+                        expert.feed_forwards.append(FeedForwardSite(f"{site}.{path}", index, found, kind))
                 expert.linears.extend(self._linears(site, index, block))
         return expert
 

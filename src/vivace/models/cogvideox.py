@@ -31,6 +31,7 @@ class CogVideoXAdapter(Adapter):
     }
     depth_keys: ClassVar[Mapping[str, str]] = {"transformer_blocks": "num_layers"}
     attention: ClassVar[Mapping[str, str]] = {"attn1": "joint"}
+    feed_forward: ClassVar[Mapping[str, str]] = {"ff": "ffn"}
     roles: ClassVar[Mapping[str, str]] = {
         "attn1.to_q": "attention.q",
         "attn1.to_k": "attention.k",

@@ -46,6 +46,7 @@ class HunyuanVideoAdapter(Adapter):
         "single_transformer_blocks": "num_single_layers",
     }
     attention: ClassVar[Mapping[str, str]] = {"attn": "joint"}
+    feed_forward: ClassVar[Mapping[str, str]] = {"ff": "ffn", "ff_context": "text.ffn"}
     roles: ClassVar[Mapping[str, str]] = {
         "attn.to_q": "attention.q",
         "attn.to_k": "attention.k",

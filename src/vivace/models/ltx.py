@@ -38,6 +38,7 @@ class LTXAdapter(Adapter):
     }
     depth_keys: ClassVar[Mapping[str, str]] = {"transformer_blocks": "num_layers"}
     attention: ClassVar[Mapping[str, str]] = {"attn1": "self", "attn2": "cross"}
+    feed_forward: ClassVar[Mapping[str, str]] = {"ff": "ffn"}
     roles: ClassVar[Mapping[str, str]] = {
         "attn1.to_q": "attention.q",
         "attn1.to_k": "attention.k",

@@ -32,6 +32,7 @@ class WanAdapter(Adapter):
         "blocks": BlockLayout(batched=("hidden_states", "encoder_hidden_states", "temb"))
     }
     attention: ClassVar[Mapping[str, str]] = {"attn1": "self", "attn2": "cross"}
+    feed_forward: ClassVar[Mapping[str, str]] = {"ffn": "ffn"}
     roles: ClassVar[Mapping[str, str]] = {
         "attn1.to_q": "attention.q",
         "attn1.to_k": "attention.k",

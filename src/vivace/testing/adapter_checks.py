@@ -188,7 +188,7 @@ def check_sites_are_found(case: AdapterCase) -> None:
                 )
         ran = [s for s in case.recordings[expert.name].order if s in set(blocks)]
         expect(ran == blocks, f"{expert.name} runs its blocks in another order than listed: {ran[:3]} ...")
-        for piece in (*expert.blocks, *expert.attentions, *expert.linears):
+        for piece in (*expert.blocks, *expert.attentions, *expert.feed_forwards, *expert.linears):
             owner, _, path = piece.site.partition(".")
             found = getattr(case.pipeline, owner).get_submodule(path)
             expect(found is piece.module, f"{piece.site} is the address of another module")
