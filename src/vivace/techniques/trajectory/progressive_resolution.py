@@ -244,7 +244,7 @@ class ProgressiveResolution(Technique):
             _forget_the_past(target)
             _remember(target, start)
             target.report(NAME, "jumps", 1)
-            return _with_sample(out, state.to(_sample_of(out).dtype))
+            return _with_sample(out, state)
 
         return step
 
@@ -287,19 +287,15 @@ def _remembered(target: Target) -> Start:
 def _forget_the_past(target: Target) -> None:
     """What solver and caches remember has another size from now on."""
     scheduler = target.scheduler
-    if hasattr(scheduler, "model_outputs"):
-        scheduler.model_outputs = [None] * len(scheduler.model_outputs)
-    if hasattr(scheduler, "lower_order_nums"):
-        scheduler.lower_order_nums = 0
-    if hasattr(scheduler, "last_sample"):
-        scheduler.last_sample = None
+    blank = {"model_outputs": [None] * len(getattr(scheduler, "model_outputs", ()))}
+    for name, value in {**blank, "lower_order_nums": 0, "last_sample": None}.items():
+        if hasattr(scheduler, name):
+            setattr(scheduler, name, value)
     target.store.clear()
-
-
-def _sample_of(out: Any) -> torch.Tensor:
-    return out[0] if isinstance(out, tuple) else out.prev_sample
 
 
 def _with_sample(out: Any, sample: torch.Tensor) -> Any:
     """A scheduler's return value with another sample."""
-    return (sample, *out[1:]) if isinstance(out, tuple) else type(out)(prev_sample=sample)
+    if isinstance(out, tuple):
+        return (sample.to(out[0].dtype), *out[1:])
+    return type(out)(prev_sample=sample.to(out.prev_sample.dtype))
