@@ -126,7 +126,8 @@ def threshold_for(simulate: Callable[[float], float], target: float, tolerance: 
         return tried[threshold]
 
     low, high = math.log(_LOWEST), math.log(_HIGHEST)
-    ask(_LOWEST), ask(_HIGHEST)
+    for end in (_LOWEST, _HIGHEST):
+        ask(end)
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if ask(math.exp(middle)) < target else (low, middle)
