@@ -8,9 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from vivace.core.shapes import Workload
 from vivace.models.adapter import ModelDescription
 from vivace.models.describe import describe_pipeline
-from vivace.techniques.base import Card, Cite, Paradigm, Problem, Stage, Target, Technique, exclusive, knob
+from vivace.techniques.base import (
+    Card,
+    Cite,
+    Estimate,
+    Paradigm,
+    Problem,
+    Stage,
+    Target,
+    Technique,
+    exclusive,
+    knob,
+)
 
 NAME = "solver"
 
@@ -30,18 +42,26 @@ def _dpm(order: int) -> Recipe:
 
 _UNIPC = Recipe("UniPCMultistepScheduler", {"solver_order": 2, "solver_type": "bh2"})
 
+_OURS: Mapping[str, Recipe] = {
+    "heun": Recipe("FlowHeunScheduler", {}),
+    "res2m": Recipe("FlowRESMultistepScheduler", {}),
+}
+"""Schedulers of `res_scheduler`, for every flow schedule."""
+
 _MULTISTEP: Mapping[str, Recipe] = {
     "unipc": _UNIPC,
     "dpm++2m": _dpm(2),
     "dpm++3m": _dpm(3),
     # On a straight noise path (alpha + sigma = 1) the first-order data-prediction update is Euler's.
     "euler": _dpm(1),
+    **_OURS,
 }
 """For schedulers that lay out the flow schedule themselves from a number of steps."""
 
 _EULER: Mapping[str, Recipe] = {
     "unipc": _UNIPC,
     "euler": Recipe("FlowMatchEulerDiscreteScheduler", {}),
+    **_OURS,
 }
 """For pipelines that hand noise levels to the scheduler, which DPMSolverMultistepScheduler does not take."""
 
@@ -60,7 +80,9 @@ class Solver(Technique):
     """Swap the solver. The new one is made by diffusers' `from_config` from the pipeline's own scheduler settings.
 
     `unipc` is UniPC of order 2 with its corrector, `dpm++2m` and `dpm++3m` are multistep DPM-Solver++ of order 2 and
-    3, `euler` is the first-order solver (DDIM on a curved path), `sde-dpm++2m` the stochastic one of CogVideoX.
+    3, `res2m` is the multistep refined exponential solver of order 2, `euler` is the first-order solver (DDIM on a
+    curved path), `sde-dpm++2m` the stochastic one of CogVideoX. `heun` is of order 2 and evaluates the network twice
+    a step, but for the last: n steps are 2 n - 1 steps of the pipeline's loop.
     """
 
     card: ClassVar[Card] = Card(
@@ -72,14 +94,18 @@ class Solver(Technique):
         claims=(exclusive("sampler.solver"),),
         cite=Cite(
             title="DPM-Solver++; UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of "
-            "Diffusion Models",
-            arxiv="2211.01095, 2302.04867",
+            "Diffusion Models; Improved Order Analysis and Design of Exponential Integrator for Diffusion Models "
+            "Sampling; Heun's steps after Elucidating the Design Space of Diffusion-Based Generative Models",
+            arxiv="2211.01095, 2302.04867, 2308.02157, 2206.00364",
             code="https://github.com/huggingface/diffusers",
-            differs="diffusers' implementations on the pipeline's own noise schedule and flow shift",
+            differs="diffusers' implementations on the pipeline's own noise schedule and flow shift; the refined "
+            "exponential solver is ours, deterministic and multistep only",
         ),
     )
 
-    solver: str = knob("dpm++2m", choices=("unipc", "dpm++2m", "dpm++3m", "euler", "sde-dpm++2m"))
+    solver: str = knob(
+        "dpm++2m", choices=("unipc", "dpm++2m", "dpm++3m", "euler", "sde-dpm++2m", "heun", "res2m")
+    )
     """Which solver."""
 
     @classmethod
@@ -109,6 +135,10 @@ class Solver(Technique):
         target.edit.set(target.pipeline, "scheduler", new)
         target.report(NAME, "solvers_replaced", 1)
 
+    def estimate(self, model: ModelDescription, workload: Workload, base: Estimate) -> Estimate:
+        """Exact: every solver evaluates once a step, but Heun's."""
+        return base.scaled((2 * workload.steps - 1) / workload.steps) if self.solver == "heun" else base
+
 
 def recipes_for(model: ModelDescription) -> Mapping[str, Recipe]:
     """Solvers that may take the place of a model's scheduler, by name; empty when none may."""
@@ -127,9 +157,7 @@ def recipes_for(model: ModelDescription) -> Mapping[str, Recipe]:
 
 def build(recipe: Recipe, config: Mapping[str, Any]) -> Any:
     """A diffusers scheduler after a recipe, with everything else as in another scheduler's settings."""
-    import diffusers
-
-    cls = getattr(diffusers, recipe.scheduler)
+    cls = _class(recipe.scheduler)
     known = inspect.signature(cls.__init__).parameters
     kept = {k: v for k, v in config.items() if k in known or k.startswith("_")}
     settings = dict(recipe.settings)
@@ -139,7 +167,18 @@ def build(recipe: Recipe, config: Mapping[str, Any]) -> Any:
             "use_flow_sigmas": True,
             "flow_shift": config["shift"],
         }
+    if "shift" in known and "flow_shift" in config:
+        settings["shift"] = config["flow_shift"]
     return cls.from_config(kept, **settings)
+
+
+def _class(name: str) -> Any:
+    """One of our own scheduler classes, or diffusers'."""
+    import diffusers
+
+    from vivace.techniques.trajectory import res_scheduler
+
+    return getattr(res_scheduler, name, None) or getattr(diffusers, name)
 
 
 def _already(recipe: Recipe, model: ModelDescription) -> bool:
