@@ -1,0 +1,270 @@
+"""Making a calibration: the exact pipeline runs in a session, and a recorder watches what passes from step to step.
+
+The recorder is a technique that changes nothing and is in no registry. Of one clip it keeps the network's outputs, in
+host memory, and of the step before what the next is compared with; block residuals are looked at in at most
+`TOKENS` tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from vivace.calibration.artifact import LEVELS, Calibration, Curves, key_of, prompts_digest
+from vivace.calibration.gram import gram, mean_gram
+from vivace.core.context import COND, FUSED, UNCOND
+from vivace.core.errors import ConfigError, ModelError
+from vivace.models.adapter import Block, BlockCall, Expert, ModelDescription, RootCall
+from vivace.models.describe import describe_pipeline
+from vivace.plans.engine import StepListener
+from vivace.plans.plan import Plan
+from vivace.plans.session import accelerate
+from vivace.techniques.base import Card, Cite, Need, Paradigm, Stage, Target, Technique, reads
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "calibration_recorder"
+TOKENS = 4096
+"""Most tokens of a block's residual that are compared."""
+CHANGES = ("residual_ratio", "time_change", "first_block_change", "output_change")
+_SCALARS = (*CHANGES, "residual_ratio_std")
+_DEGREE = 4
+Lane = tuple[str, str]
+"""(expert, branch)"""
+
+
+@dataclass
+class Clip:
+    """What was seen of one clip."""
+
+    outputs: dict[str, list[np.ndarray]] = field(default_factory=lambda: {COND: [], UNCOND: []})
+    """By branch, one output (1, C, T, H, W) for each step."""
+    rows: dict[Lane, list[dict[str, Any]]] = field(default_factory=dict)
+    """By expert and branch, one entry for each step that the expert ran."""
+    before: dict[Lane, dict[str, Any]] = field(default_factory=dict)
+    """What the last step left behind to compare with."""
+    sigmas: tuple[float, ...] = ()
+    timesteps: tuple[float, ...] = ()
+
+
+@dataclass
+class Sink:
+    """Where the recorder writes; `clip` is the clip under way."""
+
+    clip: Clip = field(default_factory=Clip)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Recorder(Technique):
+    """Watches an exact run. It changes nothing, and stands in no plan file."""
+
+    card: ClassVar[Card] = Card(
+        name=NAME,
+        paradigm=Paradigm.CACHING,
+        summary="Records what changes from step to step.",
+        objective="knowledge",
+        stage=Stage.CACHE,
+        claims=(reads("block.output"),),
+        needs=(Need.ORDERED_BLOCKS,),
+        cite=Cite(title="Vivace"),
+        lossless=True,
+    )
+    sink: Sink = field(default_factory=Sink)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"_type": self.type_name(), "_version": self.version}
+
+    def apply(self, target: Target) -> None:
+        for expert in target.experts:
+            seen: dict[str, Any] = {}
+            target.around_expert(expert, self._around_expert(target, expert, seen))
+            for block in expert.blocks:
+                last = block is expert.blocks[-1]
+                target.around_block(block, self._around_block(block, last, seen))
+
+    def _around_expert(self, target: Target, expert: Expert, seen: dict[str, Any]) -> Any:
+        clock, sink = target.clock, self.sink
+
+        def handler(call: RootCall, run: Callable[[RootCall], torch.Tensor]) -> torch.Tensor:
+            seen.clear()
+            seen["blocks"] = []
+            sample = run(call)
+            clip = sink.clip
+            clip.sigmas, clip.timesteps = clock.sigmas, clock.timesteps
+            half = call.rows // 2
+            lanes = {UNCOND: slice(0, half), COND: slice(half, call.rows)}
+            if clock.branch != FUSED:
+                lanes = {clock.branch: slice(0, call.rows)}
+            for branch, rows in lanes.items():
+                clip.outputs[branch].append(sample[rows].detach().float().cpu().numpy())
+                now = {k: [t[rows] for t in v] if isinstance(v, list) else v[rows] for k, v in seen.items()}
+                lane = (expert.name, branch)
+                row = compare(now, clip.before.get(lane)) | {"step": clock.step}
+                clip.rows.setdefault(lane, []).append(row)
+                clip.before[lane] = now
+            seen.clear()
+            target.report(NAME, "evaluations_seen", len(lanes))
+            return sample
+
+        return handler
+
+    @staticmethod
+    def _around_block(block: Block, last: bool, seen: dict[str, Any]) -> Any:
+        def handler(call: BlockCall, run: Callable[[BlockCall], Any]) -> Any:
+            hidden = call.hidden
+            if block.index == 0:
+                seen["start"] = hidden
+                if call.time is not None and call.time.shape[0] == hidden.shape[0]:
+                    seen["time"] = call.time.detach().clone()
+            out, text = run(call)
+            residual = (out - hidden).detach()
+            if block.index == 0:
+                seen["first"] = residual
+            stride = max(1, -(-residual.shape[1] // TOKENS))
+            seen["blocks"].append(residual[:, ::stride].clone() if stride > 1 else residual)
+            if last:
+                seen["stack"] = (out - seen.pop("start")).detach()
+            return out, text
+
+        return handler
+
+
+def compare(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
+    """One step beside the step before: the curves' values, and `block_change` as a list."""
+    blocks = len(now["blocks"])
+    if before is None:
+        return dict.fromkeys(_SCALARS, 0.0) | {"residual_ratio": 1.0, "block_change": [0.0] * blocks}
+    norms = [x["stack"].float().norm(dim=-1) for x in (now, before)]
+    ratio = norms[0] / norms[1].clamp_min(1e-12)
+    return {
+        "residual_ratio": ratio.mean().item(),
+        "residual_ratio_std": ratio.std(correction=0).item(),
+        "time_change": change(now["time"], before["time"]) if "time" in now else 0.0,
+        "first_block_change": change(now["first"], before["first"]),
+        "output_change": change(now["stack"], before["stack"]),
+        "block_change": [change(a, b) for a, b in zip(now["blocks"], before["blocks"], strict=True)],
+    }
+
+
+def change(now: torch.Tensor, before: torch.Tensor) -> float:
+    """Relative L1 change, mean |now - before| / mean |before|."""
+    now, before = now.float(), before.float()
+    return ((now - before).abs().mean() / before.abs().mean().clamp_min(1e-12)).item()
+
+
+def calibrate(
+    pipeline: Any,
+    prompts: Sequence[str],
+    *,
+    model: ModelDescription | None = None,
+    seed: int = 0,
+    on_step: StepListener | None = None,
+    on_prompt: Callable[[int, str], None] | None = None,
+    **call: Any,
+) -> Calibration:
+    """Run the exact pipeline once for each prompt and keep what was measured.
+
+    Args:
+        pipeline: a diffusers pipeline that no session holds.
+        prompts: one clip each; more prompts, steadier means.
+        model: its description; found from the pipeline when left out.
+        seed: of the first clip; clip i gets seed + i.
+        on_step: called after every step, as in a session.
+        on_prompt: called with (number, prompt) before every clip.
+        call: the pipeline's arguments (steps, shape, guidance); what is left out is the model's default.
+
+    Raises:
+        ConfigError: no prompts.
+        PlanError: the model's blocks cannot be addressed.
+        ModelError: the pipeline did not run as a trajectory of steps.
+        ShapeError: a shape the model cannot make.
+    """
+    if not prompts:
+        raise ConfigError("a calibration needs at least one prompt.")
+    model = model or describe_pipeline(pipeline)
+    scale = model.adapter.guidance_argument if model.adapter else "guidance_scale"
+    workload = model.workload(
+        frames=call.get("num_frames"),
+        height=call.get("height"),
+        width=call.get("width"),
+        steps=call.get("num_inference_steps"),
+        guidance=call.get(scale),
+    )
+    call = {"num_inference_steps": workload.steps, "output_type": "latent"} | call
+    recorder, grams, clips = Recorder(), [], []
+    key = key_of(model, pipeline, workload)
+    with accelerate(pipeline, Plan([recorder]), model=model, counters=False, on_step=on_step) as session:
+        for i, prompt in enumerate(prompts):
+            if on_prompt is not None:
+                on_prompt(i, prompt)
+            clip = recorder.sink.clip = Clip()
+            session(prompt, seed=seed + i, **call)
+            grams.append(_gram(clip, workload.steps))
+            clip.outputs.clear()
+            clip.before.clear()
+            clips.append(clip)
+    import vivace
+
+    return Calibration(
+        key=key,
+        prompts=len(prompts),
+        prompts_sha256=prompts_digest(prompts),
+        seed=seed,
+        vivace=vivace.__version__,
+        sigmas=_sigmas(clips[0], pipeline.scheduler),
+        timesteps=[float(t) for t in clips[0].timesteps],
+        gram=mean_gram(grams).tolist(),
+        curves=_curves(clips),
+    )
+
+
+def _gram(clip: Clip, steps: int) -> np.ndarray:
+    cond, uncond = clip.outputs[COND], clip.outputs[UNCOND]
+    if len(cond) != steps or len(uncond) not in (0, steps):
+        raise ModelError(
+            f"{len(cond)} conditional and {len(uncond)} unconditional evaluations were seen in {steps} steps; "
+            "a calibration needs one of each kind a step."
+        )
+    return gram(np.stack(cond), np.stack(uncond) if uncond else None)
+
+
+def _sigmas(clip: Clip, scheduler: Any) -> list[float]:
+    """Noise levels (n + 1); the share of the training timesteps where the scheduler has none."""
+    n = len(clip.timesteps)
+    if len(clip.sigmas) >= n:
+        return ([float(s) for s in clip.sigmas] + [0.0])[: n + 1]
+    trained = float(scheduler.config.get("num_train_timesteps", 1000))
+    return [float(t) / trained for t in clip.timesteps] + [0.0]
+
+
+def _curves(clips: Sequence[Clip]) -> dict[str, dict[str, Curves]]:
+    out: dict[str, dict[str, Curves]] = {}
+    for expert, branch in clips[0].rows:
+        rows = [clip.rows[expert, branch] for clip in clips]
+        values = {name: np.array([[r[name] for r in clip] for clip in rows]) for name in _SCALARS}
+        blocks = np.array([[r["block_change"] for r in clip] for clip in rows]).mean(0)
+        out.setdefault(expert, {})[branch] = Curves(
+            steps=[r["step"] for r in rows[0]],
+            **{name: v.mean(0).tolist() for name, v in values.items()},
+            tea_polynomial=fit(values["time_change"][:, 1:].ravel(), values["output_change"][:, 1:].ravel()),
+            block_change=blocks.tolist(),
+            block_sensitivity=(blocks[1:] if len(blocks) > 1 else blocks).mean(0).tolist(),
+            percentiles={
+                name: {str(p): np.percentile(values[name], p, axis=0).tolist() for p in LEVELS}
+                for name in CHANGES
+            },
+        )
+    return out
+
+
+def fit(time_change: np.ndarray, output_change: np.ndarray) -> list[float]:
+    """TeaCache's polynomial, five coefficients, highest power first; of a lower degree where few points differ."""
+    points = len(np.unique(time_change.round(9)))
+    if not points:
+        return [0.0] * (_DEGREE + 1)
+    found = np.polyfit(time_change, output_change, min(_DEGREE, points - 1))
+    return np.concatenate([np.zeros(_DEGREE + 1 - len(found)), found]).tolist()
