@@ -11,8 +11,8 @@ import torch
 
 from vivace.plans.plan import Plan
 from vivace.plans.session import accelerate
+from vivace.techniques.trajectory._res_scheduler import FlowRESMultistepScheduler
 from vivace.techniques.trajectory.few_steps import FewSteps
-from vivace.techniques.trajectory.res_scheduler import FlowRESMultistepScheduler
 from vivace.techniques.trajectory.solver import Solver, build, recipes_for
 from vivace.testing.models import pipeline
 from vivace.testing.subjects import Subject

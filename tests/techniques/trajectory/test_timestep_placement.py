@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import diffusers
 import numpy as np
 import pytest
@@ -36,19 +38,19 @@ def test_listed_levels_are_the_pipelines_own_argument():
 class EvenUniPC(diffusers.UniPCMultistepScheduler):
     """UniPC that always starts from the even grid; the shift is its own."""
 
-    def set_timesteps(self, num_inference_steps, device=None):
-        super().set_timesteps(
-            device=device, sigmas=np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps)
-        )
+    def set_timesteps(self, num_inference_steps, device: Any = None):
+        even: Any = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps)
+        super().set_timesteps(device=device, sigmas=even)
 
 
 @pytest.mark.parametrize("family", ["wan2.1", "wan2.2"])
 def test_shift_is_the_schedulers_own_shift(family):
     run = Subject(family).run(TimestepPlacement(placement="shift", shift=7.0, steps=5))
     plain = Subject(family)
-    plain.pipeline.scheduler = EvenUniPC.from_config(plain.pipeline.scheduler.config, flow_shift=7.0)
+    scheduler: Any = EvenUniPC.from_config(plain.pipeline.scheduler.config, flow_shift=7.0)
+    plain.pipeline.scheduler = scheduler
     assert distance(run.latents, plain.plain(num_inference_steps=5)) < 1e-4
-    assert levels(run) == pytest.approx(plain.pipeline.scheduler.sigmas[:-1].tolist(), abs=2e-6)
+    assert levels(run) == pytest.approx(scheduler.sigmas[:-1].tolist(), abs=2e-6)
 
 
 def test_multistep_dpm_takes_levels_too():

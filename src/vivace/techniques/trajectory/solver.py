@@ -46,7 +46,7 @@ _OURS: Mapping[str, Recipe] = {
     "heun": Recipe("FlowHeunScheduler", {}),
     "res2m": Recipe("FlowRESMultistepScheduler", {}),
 }
-"""Schedulers of `res_scheduler`, for every flow schedule."""
+"""Schedulers of `_res_scheduler`, for every flow schedule. Its underscore keeps the registry from importing torch."""
 
 _MULTISTEP: Mapping[str, Recipe] = {
     "unipc": _UNIPC,
@@ -176,9 +176,9 @@ def _class(name: str) -> Any:
     """One of our own scheduler classes, or diffusers'."""
     import diffusers
 
-    from vivace.techniques.trajectory import res_scheduler
+    from vivace.techniques.trajectory import _res_scheduler
 
-    return getattr(res_scheduler, name, None) or getattr(diffusers, name)
+    return getattr(_res_scheduler, name, None) or getattr(diffusers, name)
 
 
 def _already(recipe: Recipe, model: ModelDescription) -> bool:

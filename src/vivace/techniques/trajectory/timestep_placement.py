@@ -219,17 +219,13 @@ def _place(scheduler: Any, levels: Any, device: Any) -> None:
 
 def _twin(scheduler: Any) -> Any:
     """A scheduler of the same class and settings that takes noise levels and does not shift them."""
+    import diffusers
+
+    cls: Any = type(scheduler)
     config = dict(scheduler.config)
-    changes = {k: 1.0 for k in ("flow_shift", "shift") if k in config}
-    changes |= {
-        k: v for k, v in {"use_dynamic_shifting": False, "shift_terminal": None}.items() if k in config
-    }
-    cls = type(scheduler)
     if "sigmas" not in inspect.signature(cls.set_timesteps).parameters:
         # Multistep DPM-Solver takes none; UniPC has the same noise schedule, timesteps and end.
-        from diffusers import UniPCMultistepScheduler as cls
-
-        known = inspect.signature(cls.__init__).parameters
+        cls = diffusers.UniPCMultistepScheduler
         kept = (
             "num_train_timesteps",
             "final_sigmas_type",
@@ -237,5 +233,6 @@ def _twin(scheduler: Any) -> Any:
             "use_flow_sigmas",
             "prediction_type",
         )
-        return cls(**({k: config[k] for k in kept if k in known and k in config} | {"flow_shift": 1.0}))
-    return cls.from_config(config, **changes)
+        config = {k: config[k] for k in kept}
+    changes = {"flow_shift": 1.0, "shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
+    return cls.from_config(config, **{k: v for k, v in changes.items() if k in config})

@@ -40,7 +40,7 @@ def lay_out(
             raise ValueError("set_timesteps needs a number of steps, sigmas or timesteps")
         sigmas = np.linspace(1.0, 1.0 / config["num_train_timesteps"], steps + 1)[:-1]
     layout.set_timesteps(sigmas=sigmas, mu=mu, timesteps=timesteps)
-    return layout.sigmas, layout.timesteps
+    return torch.as_tensor(layout.sigmas), torch.as_tensor(layout.timesteps)
 
 
 class FlowRESMultistepScheduler(SchedulerMixin, ConfigMixin):
