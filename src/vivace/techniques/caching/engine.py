@@ -114,6 +114,14 @@ class CacheTechnique(Technique):
         """True where a step is computed, for methods whose steps are known beforehand; None for the others."""
         return None
 
+    def cache(self, target: Target, expert: Expert) -> Cache:
+        """The engine for one expert; methods that look at more than the signal give their own."""
+        return Cache(self, target, expert)
+
+    def share(self, model: ModelDescription) -> float:
+        """Share of the blocks that a skipped step saves."""
+        return (model.depth - self.front - self.back) / model.depth
+
     def weights(self, row: Any, moment: Moment, index: int, at: float, gain: float) -> Iterable[Any]:
         """Weights of a row's remembered values at coordinate `at`; methods that measure them override this."""
         return self.predictor().limited(row.history.nodes, at, gain)
@@ -163,7 +171,7 @@ class CacheTechnique(Technique):
             most, least = (free - free // (self.max_consecutive + 1)) / steps, 0.0
         if self.span == NETWORK:
             return base.scaled(1.0 - most, 1.0 - least)
-        share = (model.depth - self.front - self.back) / model.depth
+        share = self.share(model)
         out = base.scaled(1.0 - most * share, 1.0 - least * share, fields=("blocks_run", "attention_pairs"))
         # Blocks of two lists cost differently, so of the FLOPs only the computed steps are sure.
         return out.scaled(1.0 - most, 1.0, fields=("flops",))
@@ -172,7 +180,7 @@ class CacheTechnique(Technique):
 
     def apply(self, target: Target) -> None:
         for expert in target.experts:
-            cache = Cache(self, target, expert)
+            cache = self.cache(target, expert)
             if self.span == NETWORK:
                 target.around_expert(expert, cache.around_network)
             elif len(expert.blocks) > self.front + self.back:
@@ -326,6 +334,7 @@ class Cache:
                         call.time,
                         call.text,
                         text_entry,
+                        self.clock,
                     )
                 )
                 self.mark(memory.now)
@@ -382,7 +391,8 @@ class Cache:
         import torch
 
         latents = call.values["hidden_states"]
-        moment = Moment(self.clock.who(call.rows), latents, latents, call.values.get("timestep"))
+        time = call.values.get("timestep")
+        moment = Moment(self.clock.who(call.rows), latents, latents, time, clock=self.clock)
         now = self.decide(moment)
         self.mark(now)
         residual = self.technique.feature == "residual"
@@ -396,7 +406,12 @@ class Cache:
             else:
                 sample = run(call if whole else call.rows_at(now.run))
             for j, i in enumerate(now.run):
-                self.remember(now, i, (sample[j] - latents[i] if residual else sample[j],), sample[j])
+                self.remember(
+                    now,
+                    i,
+                    (sample[j] - beginning(latents[i], sample[j]) if residual else sample[j],),
+                    sample[j],
+                )
                 parts[i] = sample[j]
             if whole:
                 self.close_step()
@@ -404,10 +419,17 @@ class Cache:
         for i in now.skip:
             (value,) = self.predict(now, i)
             assert value is not None
-            parts[i] = latents[i] + value if residual else value
+            parts[i] = beginning(latents[i], value) + value if residual else value
             self._after(now, i, parts[i], computed=False)
         self.close_step()
         return torch.stack([parts[i] for i in range(call.rows)])
+
+
+def beginning(latents: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """The part of a transformer's input that its output has the shape of: conditioning channels come last."""
+    if latents.shape == output.shape:
+        return latents
+    return latents[tuple(slice(n) for n in output.shape)]
 
 
 def through(now: Pass, call: BlockCall, run: Callable[[BlockCall], Streams]) -> Streams:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vivace.core.context import Clock
 from vivace.techniques.caching.memory import Memory, RowName
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ class Moment:
     time: torch.Tensor | None = None
     text: torch.Tensor | None = None
     text_entry: torch.Tensor | None = None
+    clock: Clock | None = None
+    """Where the generation stands: step, noise level, and the token grid of the evaluation."""
 
 
 def relative_change(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
