@@ -181,7 +181,8 @@ class FasterCache(ModuleCache):
 
         if not rebuilds:
             sample = run(call)
-            gap.keep(*sample.chunk(2), target.clock)
+            uncond, cond = sample.chunk(2)
+            gap.keep(uncond, cond, target.clock)
             return sample
         with target.clock.narrowed(COND):
             cond = run(call.select(call.rows // 2, call.rows))
