@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 import vivace
-from vivace.cli import bench, compare, compare_records, doctor, generate, methods, plan, report
+from vivace.cli import bench, calibrate, compare, compare_records, doctor, generate, methods, plan, report
 from vivace.cli.shared.screen import fail
 from vivace.core.errors import VivaceError
 
@@ -43,6 +43,7 @@ app = typer.Typer(
 app.command("generate", rich_help_panel=MAKE)(generate.generate)
 app.command("compare", rich_help_panel=MAKE)(compare.compare)
 app.command("bench", rich_help_panel=MEASURE)(bench.bench)
+app.command("calibrate", rich_help_panel=MEASURE)(calibrate.calibrate)
 app.command("report", rich_help_panel=MEASURE)(report.report)
 app.command("compare-records", rich_help_panel=MEASURE)(compare_records.compare_records)
 app.add_typer(plan.app, name="plan", rich_help_panel=KNOW)

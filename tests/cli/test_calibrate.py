@@ -1,0 +1,77 @@
+"""`vivace calibrate` on a tiny model in a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vivace.calibration.artifact import Calibration
+from vivace.calibration.gram import schedule_error
+from vivace.cli.calibrate import schedule_for
+
+SMALL = (
+    "--steps",
+    "6",
+    "--frames",
+    "5",
+    "--height",
+    "32",
+    "--width",
+    "32",
+    "--dtype",
+    "fp32",
+    "--device",
+    "cpu",
+)
+
+
+def test_file_and_schedule(vivace, folder: Path, here: Path) -> None:
+    run = vivace(
+        "calibrate", "-m", str(folder), "--count", "2", *SMALL, "-o", "new/c.json", "--target", "speedup=2"
+    )
+    assert run.code == 0, run.err
+    made = Calibration.load(here / "new" / "c.json")
+    assert (made.key.steps, made.key.frames, made.prompts) == (6, 5, 2)
+    assert "6 of 12" in run.out
+    assert "new/c.json" in run.out
+    found = schedule_for(made, "speedup", 2.0, 0)
+    assert found.nfe == 6
+    error = schedule_error(made.matrix, made.sigmas, found.cond, found.delta, 0, made.key.guidance)["end"]
+    assert found.error("end") == pytest.approx(error)
+    # A bound on the loss is kept by the fewest evaluations that keep it.
+    bound = schedule_for(made, "loss", error, 0)
+    assert bound.nfe <= 6
+    assert bound.error("end") <= error * (1 + 1e-9)
+    assert schedule_for(made, "loss", 0.0, 0).nfe == 12
+
+
+def test_prompts_from_a_file(vivace, folder: Path, here: Path) -> None:
+    (here / "p.txt").write_text("a red ball\n\ntwo cones\n")
+    run = vivace("calibrate", "-m", str(folder), "--prompts", "p.txt", *SMALL)
+    assert run.code == 0, run.err
+    assert Calibration.load(here / "calibration.json").prompts == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "phrase"),
+    [
+        (("--target", "speed=2"), "neither speedup=X"),
+        (("--target", "speedup=0.5"), "neither speedup=X"),
+        (("--prompts", "none.txt"), "cannot be read"),
+        (("--count", "9"), "9 prompts are asked for and 4 are there"),
+        (("--frames", "6"), "frames must be"),
+        (("--device", "cuda:99"), "there is no GPU"),
+    ],
+)
+def test_errors_are_one_sentence(vivace, folder: Path, here: Path, arguments: tuple, phrase: str) -> None:
+    run = vivace("calibrate", "-m", str(folder), *arguments)
+    assert run.code == 2
+    assert phrase in run.sentence
+    assert not (here / "calibration.json").exists()
+
+
+def test_an_empty_prompt_file(vivace, folder: Path, here: Path) -> None:
+    (here / "p.txt").write_text("\n \n")
+    run = vivace("calibrate", "-m", str(folder), "--prompts", "p.txt")
+    assert (run.code, "holds no prompt" in run.sentence) == (2, True)
