@@ -122,11 +122,14 @@ class ModuleCache(Technique):
         """The seat of a site."""
         return Seat(site)
 
-    def prepare(self, target: Target, seat: Seat, turn: Turn) -> None:
+    def prepare(self, target: Target, seat: Seat, turn: Turn, memory: Memory) -> None:
         """More to set before a module of a reused kind is called."""
 
-    def after(self, target: Target, seat: Seat, turn: Turn) -> None:
+    def after(self, target: Target, seat: Seat, turn: Turn, memory: Memory) -> None:
         """More to remember after a module of a reused kind was called."""
+
+    def computed(self, target: Target, seat: Seat, turn: Turn, memory: Memory) -> None:
+        """A module was computed; `seat.kept` is its output, and the memory still holds the ones before."""
 
     def shade(self, clock: Clock) -> tuple[str, ...]:
         """What else the cost of a reusing evaluation depends on."""
@@ -254,14 +257,16 @@ class ModuleEngine:
             weights = predictor.limited(history.nodes, float(self.clock.step), self.gain)
             values.append(history.combine(weights))
         seat.reuse, seat.given = True, joined(values)
-        self.technique.prepare(self.target, seat, turn)
+        self.technique.prepare(self.target, seat, turn, memory)
         self.target.report(self.name, "modules_reused", 1)
 
     def _collect(self, seat: Seat, turn: Turn) -> None:
+        memory = self.memory(seat)
         if seat.reuse:
-            self.technique.after(self.target, seat, turn)
+            self.technique.after(self.target, seat, turn, memory)
         elif seat.kept is not None:
-            remember(self.technique, self.memory(seat), self.clock, turn.who, seat.kept)
+            self.technique.computed(self.target, seat, turn, memory)
+            remember(self.technique, memory, self.clock, turn.who, seat.kept)
 
 
 def _seated(old: Callable[..., Any], seat: Seat) -> Callable[..., Any]:
