@@ -165,8 +165,8 @@ def main() -> None:
     from vivace.models.describe import remember
     from vivace.plans.plan import Plan
     from vivace.plans.session import accelerate
-    from vivace.techniques.caching.optimal_schedule import OptimalSchedule
     from vivace.techniques.caching.frozen_schedule import FrozenSchedule
+    from vivace.techniques.caching.optimal_schedule import OptimalSchedule
     from vivace.techniques.compression.whole_clip_decode import WholeClipDecode
     from vivace.techniques.trajectory.few_steps import FewSteps
     from vivace.tiny.defaults import DEFAULTS
@@ -199,7 +199,7 @@ def main() -> None:
     # 1. record
     sigmas, grams, outputs = None, [], []
     hook = pipe.transformer.register_forward_hook(lambda m, a, out: outputs.append(out[0].float()))
-    clips, latents = [], []
+    clips: list[Any] = []
     started = time.perf_counter()
     with accelerate(pipe, Plan([WholeClipDecode()])) as run:
         for i in range(0, len(scenes), args.batch):
@@ -255,7 +255,8 @@ def main() -> None:
         record["runs"].append(row)
         (args.out / "search.json").write_text(json.dumps(record, indent=1) + "\n")
         print(
-            f"{label:58s} share {row['share']:.3f} PSNR {row['psnr_median']:.2f} LPIPS {row.get('lpips', math.nan):.4f} "
+            f"{label:58s} share {row['share']:.3f} PSNR {row['psnr_median']:.2f} "
+            f"LPIPS {row.get('lpips', math.nan):.4f} "
             f"acc {row['accuracy']:.4f} {row['seconds']:.1f}s {more.get('predicted', '')}", flush=True,
         )  # fmt: skip
         return row

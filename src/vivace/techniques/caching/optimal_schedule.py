@@ -56,7 +56,7 @@ class OptimalSchedule(Technique):
     the place of the network; the solver goes on with all of its steps. Masks are fixed before the run, so there is no
     synchronisation with the device and no graph break.
 
-    Without masks of its own (`cond`, `uncond`) the technique places round(share * steps) pairs by a general rule.
+    Without masks of its own (`cond`, `uncond`) the technique places round(share * steps) pairs by `general`.
     """
 
     card: ClassVar[Card] = Card(
@@ -87,7 +87,7 @@ class OptimalSchedule(Technique):
     """Number of steps that the given masks are for."""
     order: int = knob(2, low=0, high=3)
     """Degree of the forecast of the conditional output."""
-    delta_order: int = knob(1, low=0, high=3)
+    delta_order: int = knob(0, low=0, high=3)
     """Degree of the forecast of the guidance delta."""
     expected_drift: float = 0.0
     """Mean relative L1 error of the forecasts at computed steps when calibrated; 0 switches the alarm off."""
@@ -282,26 +282,16 @@ class Forecast:
 
 
 def general(steps: int, share: float) -> tuple[frozenset[int], frozenset[int]]:
-    """Computed steps for a model without a schedule of its own: dense at the start, where the layout is decided.
+    """Computed steps for a model without a schedule of its own: ever sparser, for errors at the start weigh most.
 
-    Conditional evaluations take 60 % of the budget. Steps lie at n u^1.3 for even u, the first two always.
+    Both branches are computed at round(share * steps) steps (n u^1.6 for even u): the shape that the search found on
+    the embedded model at every budget.
     """
-    budget = max(3, round(share * 2 * steps))
-    first = min(steps, max(2, round(0.6 * budget)))
-    second = min(first, max(1, budget - first))
-    first = min(steps, budget - second)
-
-    def place(count: int) -> list[int]:
-        if count >= steps:
-            return list(range(steps))
-        spots: list[int] = []
-        for i in range(count):
-            spot = round((steps - 1) * (i / max(1, count - 1)) ** 1.3) if count > 1 else 0
-            spots.append(max(spot, spots[-1] + 1 if spots else 0))
-        return [min(s, steps - count + i) for i, s in enumerate(spots)]
-
-    cond = place(first)
-    every = (
-        [cond[round(i * (len(cond) - 1) / max(1, second - 1))] for i in range(second)] if second > 1 else [0]
-    )
-    return frozenset(cond), frozenset(every)
+    count = min(steps, max(2, round(share * steps)))
+    last = steps - 1 if share >= 0.35 else max(1, round(0.94 * (steps - 1)))
+    spots: list[int] = []
+    for i in range(count):
+        spot = round(last * (i / (count - 1)) ** 1.6)
+        spots.append(max(spot, spots[-1] + 1 if spots else 0))
+    pairs = frozenset(min(s, steps - count + i) for i, s in enumerate(spots))
+    return pairs, pairs
