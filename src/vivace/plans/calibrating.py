@@ -197,7 +197,7 @@ def calibrate(
     call = {"num_inference_steps": workload.steps, "output_type": "latent"} | call
     recorder, grams, clips = Recorder(), [], []
     key = key_of(model, pipeline, workload)
-    with accelerate(pipeline, Plan([recorder]), model=model, counters=False, on_step=on_step) as session:
+    with accelerate(pipeline, Plan([recorder]), model=model, on_step=on_step) as session:
         for i, prompt in enumerate(prompts):
             if on_prompt is not None:
                 on_prompt(i, prompt)
