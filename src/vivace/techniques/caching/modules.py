@@ -54,7 +54,7 @@ class Seat:
     """What a cached module does in the evaluation under way. Free between evaluations: it holds no tensors then."""
 
     def __init__(self, site: AttentionSite | FeedForwardSite) -> None:
-        self.site, self.index, self.kind = site.site, site.index, KINDS[site.kind]
+        self.site, self.block, self.kind = site.site, site.index, KINDS[site.kind]
         self.keep = self.reuse = False
         self.given: Any = None
         self.kept: Any = None

@@ -50,12 +50,13 @@ class SmoothCache(ModuleCache):
 
     @classmethod
     def examples(cls, workdir: Path, pipeline: Any) -> tuple[Self, ...]:
-        curves: dict[str, tuple[float, ...]] = {
-            "self_errors": (0.05, 0.15, 0.3),
-            "cross_errors": (0.05, 0.1, 0.15),
-            "ffn_errors": (0.05, 0.4),
-        }
-        return (cls(warmup=1, **curves), cls(alpha=0.2, warmup=1, **curves))
+        first = cls(
+            warmup=1,
+            self_errors=(0.05, 0.15, 0.3),
+            cross_errors=(0.05, 0.1, 0.15),
+            ffn_errors=(0.05, 0.4),
+        )
+        return (first, first.replace(alpha=0.2))
 
     def curve(self, kind: str) -> tuple[float, ...]:
         """Errors of a kind by age."""
