@@ -33,8 +33,8 @@ def by_hand(guided, mode):
             if mode == "stored" or len(past) < 2:
                 return c - d1
             (s0, d0) = past[-2]
-            # A straight line through both points, held at four gaps.
-            end = s1 + 4.0 * (s1 - s0)
+            # A straight line through both points, held at one gap.
+            end = s1 + (s1 - s0)
             s = max(sigma, end)
             return c - (d0 * (s - s1) + d1 * (s0 - s)) / (s0 - s1)
 

@@ -38,8 +38,12 @@ if TYPE_CHECKING:
 
 NAME = "guidance_gate"
 STORED, EXTRAPOLATED, NONE = "stored", "extrapolated", "none"
-REACH = 4.0
-"""An extrapolation goes at most this many gaps between the last two differences beyond the last one."""
+REACH = 1.0
+"""An extrapolation goes at most this many gaps between the last two differences beyond the last one, then stands still.
+
+Neighbouring differences are noisy: on the embedded model, 12 steps and gate .5, the latents' relative error was .35
+with one gap, 1.03 with four and 2.00 without a bound, against .30 for the stored difference.
+"""
 
 
 @dataclass(slots=True, eq=False)
