@@ -9,11 +9,12 @@ WORKERS ?= 2
 # A browser is opened where there is a screen.
 OPEN := $(if $(or $(DISPLAY),$(WAYLAND_DISPLAY),$(filter Darwin,$(shell uname))),--open,--no-browser)
 
-.PHONY: demo test weights lint types layers format clean help
+.PHONY: demo test contract weights lint types layers format clean help
 
 help:
 	@echo "make demo   set up, then make one clip exactly and fast and write a report"
 	@echo "make test   set up, then run all tests"
+	@echo "make contract   every technique and every pair through the whole contract"
 	@echo "make lint types layers   the other checks"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -36,6 +37,10 @@ demo: $(STAMP)
 
 test: $(STAMP) weights
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu"
+
+# Every technique through every check, and every pair: longer than `make test`, which takes a part of it.
+contract: $(STAMP)
+	VIVACE_CONTRACT=full OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) tests/contract
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks

@@ -111,7 +111,7 @@ def main() -> None:
 
 
 def peer_row(pipe: Any, name: str, steps: int, call: dict[str, Any], args: Any) -> dict[str, Any]:
-    """Seconds of a peer on the same pipeline, its blocks compiled as its documentation says; computed blocks counted."""
+    """Seconds of a peer on the same pipeline, its blocks compiled as its documentation says."""
     from vivace.evaluation import peers
 
     peer = peers.get(name)

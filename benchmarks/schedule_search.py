@@ -3,9 +3,10 @@
     python benchmarks/schedule_search.py --clips 48 --out DIR [--climb 90]
 
 1. The exact run of development prompts is recorded once: outputs of both guidance branches at every step, as one Gram
-   matrix. 2. Schedules are searched on the Gram matrix, without the network. 3. The best of every budget are run and
-   compared with the exact clips (PSNR, LPIPS, accuracy of the verifier), beside fewer exact steps. 4. For the budgets of
-   `--refine`, real runs refine the schedule by moving one step at a time (latent error).
+   matrix. 2. Schedules are searched on the Gram matrix, without the network; steps weigh as much as a forecast of that
+   step alone was seen to change the end. 3. The best of every budget are run and compared with the exact clips (PSNR,
+   LPIPS, accuracy of the verifier), beside fewer exact steps. 4. For the budgets of `--refine`, real runs refine the
+   schedule by moving one step at a time (latent error).
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def moves(cond: list[int], uncond: list[int], n: int) -> list[tuple[list[int], l
         k = cond.index(i)
         for d in (-1, 1, -2, 2):
             if 0 < k + d < len(cond) and cond[k + d] not in uncond:
-                out.append((cond, sorted({*uncond, cond[k + d]} - {i})))
+                out.append((cond, sorted({*uncond, cond[k + d]} - {i})))  # noqa: PERF401
     random.Random(len(out)).shuffle(out)
     return out
 

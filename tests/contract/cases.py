@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 import functools
+import os
 
 from vivace.techniques.base import registry
 from vivace.testing import Case
+
+WHOLE = (
+    "few_steps",
+    "first_block_cache",
+    "guidance_interval",
+    "int8_linear",
+    "lora",
+    "optimal_schedule",
+    "radial",
+    "sliding_tile",
+    "solver",
+    "student_checkpoint",
+    "whole_clip_decode",
+)
+"""Techniques that get every check in every run."""
+
+
+def full() -> bool:
+    """Whether everything is asked for (`make contract`)."""
+    return os.environ.get("VIVACE_CONTRACT") == "full"
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from vivace.techniques.base import Card, Cite, Paradigm, Stage, Target, exclusiv
 from vivace.techniques.caching.engine import CacheTechnique
 from vivace.techniques.caching.policies import Mask
 from vivace.techniques.caching.predictors import Lagrange
+from vivace.techniques.caching.schedules import power_law, resampled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class FrozenSchedule(CacheTechnique):
             title="LeMiCa; steps computation mask of cache-dit",
             arxiv="2511.00090",
             code="https://github.com/vipshop/cache-dit",
-            differs="masks are mapped to other numbers of steps by progress; residuals are forecast over the noise "
+            differs="masks are resampled for other numbers of steps; residuals are forecast over the noise "
             "level at uneven spacing; a drift alarm compares forecasts with computed steps",
         ),
     )
@@ -48,7 +49,7 @@ class FrozenSchedule(CacheTechnique):
     share: float = knob(0.4, low=0.05, high=1.0, identity=1.0)
     """Share of computed steps when none are given: the first two, then ever sparser."""
     computed: tuple[int, ...] = ()
-    """Computed steps of `steps`; other numbers of steps are mapped by progress."""
+    """Computed steps of `steps`; other numbers of steps keep its share and shape."""
     steps: int = 50
     """Number of steps that `computed` is for."""
     order: int = knob(1, low=0, high=3)
@@ -99,16 +100,9 @@ class FrozenSchedule(CacheTechnique):
     def chosen(self, steps: int) -> frozenset[int]:
         """Steps of a run of `steps` steps that the schedule wants computed."""
         if self.computed:
-            scale = (steps - 1) / max(1, self.steps - 1)
-            return frozenset(round(i * scale) for i in self.computed)
+            return resampled(self.computed, self.steps, steps)
         count = max(2, round(self.share * steps))
-        if count >= steps:
-            return frozenset(range(steps))
-        spots: list[int] = []
-        for i in range(count):
-            spot = round((steps - 1) * (i / (count - 1)) ** 1.3)
-            spots.append(max(spot, spots[-1] + 1 if spots else 0))
-        return frozenset(min(s, steps - count + i) for i, s in enumerate(spots))
+        return frozenset(range(steps)) if count >= steps else power_law(steps, count, steps - 1, 1.3)
 
     def mask(self, model: ModelDescription | None, steps: int) -> tuple[bool, ...]:
         chosen, out, since = self.chosen(steps), [], 0

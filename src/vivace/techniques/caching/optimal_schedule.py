@@ -26,6 +26,7 @@ from vivace.techniques.base import (
 )
 from vivace.techniques.caching.memory import STORAGES, History
 from vivace.techniques.caching.predictors import Lagrange
+from vivace.techniques.caching.schedules import power_law, resampled
 from vivace.techniques.caching.signals import relative_change
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class OptimalSchedule(Technique):
     share: float = knob(0.4, low=0.05, high=1.0, identity=1.0)
     """Share of the exact run's evaluations, when no steps are given."""
     cond: tuple[int, ...] = ()
-    """Steps of `steps` at which the conditional branch is computed; other numbers of steps are mapped by progress."""
+    """Steps of `steps` at which the conditional branch is computed; other numbers of steps keep its share and shape."""
     uncond: tuple[int, ...] = ()
     """Steps at which the unconditional branch is computed: some of those of `cond`; () for all of them."""
     steps: int = 50
@@ -118,12 +119,12 @@ class OptimalSchedule(Technique):
             return frozenset(range(steps)), frozenset(range(steps))
         if not self.cond:
             return general(steps, self.share)
-        uncond = self.uncond or self.cond
-        if steps == self.steps:
-            return frozenset(self.cond), frozenset(uncond)
-        scale = (steps - 1) / max(1, self.steps - 1)
-        moved = [frozenset(round(i * scale) for i in mask) for mask in (self.cond, uncond)]
-        return moved[0] | moved[1], moved[1]
+        cond = resampled(self.cond, self.steps, steps)
+        if not self.uncond or self.uncond == self.cond:
+            return cond, cond
+        wanted = resampled(self.uncond, self.steps, steps)
+        # Rounding must not part a guidance step from its conditional one.
+        return cond, frozenset(min(cond, key=lambda c, w=w: (abs(c - w), c)) for w in wanted)
 
     @property
     def is_identity(self) -> bool:
@@ -289,9 +290,5 @@ def general(steps: int, share: float) -> tuple[frozenset[int], frozenset[int]]:
     """
     count = min(steps, max(2, round(share * steps)))
     last = steps - 1 if share >= 0.35 else max(1, round(0.94 * (steps - 1)))
-    spots: list[int] = []
-    for i in range(count):
-        spot = round(last * (i / (count - 1)) ** 1.6)
-        spots.append(max(spot, spots[-1] + 1 if spots else 0))
-    pairs = frozenset(min(s, steps - count + i) for i, s in enumerate(spots))
+    pairs = power_law(steps, count, last, 1.6)
     return pairs, pairs

@@ -54,7 +54,10 @@ def quantised(expert: Expert) -> bool:
     for site in expert.linears:
         module = site.module
         weight = getattr(module, "weight", None)
-        if getattr(module, "counts_as_linear", False) or type(weight) not in (torch.Tensor, torch.nn.Parameter):
+        if getattr(module, "counts_as_linear", False) or type(weight) not in (
+            torch.Tensor,
+            torch.nn.Parameter,
+        ):
             return True
         if not weight.is_floating_point():  # type: ignore[union-attr]
             return True

@@ -39,8 +39,8 @@ def check_identity_is_the_exact_run(case: Case) -> None:
 
 
 def decodes(case: Case) -> bool:
-    """Whether the technique owns the decoder, so that frames, not latents, are what it may change."""
-    return any(claim.resource == "vae.decode" for claim in case.technique.card.claims)
+    """Whether the technique owns the decoder or the text encoder, so that it may act without another latent or count."""
+    return any(claim.resource in ("vae.decode", "text.encode") for claim in case.technique.card.claims)
 
 
 @check
