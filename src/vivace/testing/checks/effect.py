@@ -39,7 +39,7 @@ def check_identity_is_the_exact_run(case: Case) -> None:
 
 
 def decodes(case: Case) -> bool:
-    """Whether the technique owns the decoder or the text encoder, so that it may act without another latent or count."""
+    """Whether the technique owns the decoder or the text encoder, so that latents and counts may stay as they are."""
     return any(claim.resource in ("vae.decode", "text.encode") for claim in case.technique.card.claims)
 
 
