@@ -24,27 +24,8 @@ from typing import Any
 
 import numpy as np
 
-
-def lagrange(nodes: list[float], at: float) -> list[float]:
-    return [
-        math.prod((at - nodes[j]) / (nodes[k] - nodes[j]) for j in range(len(nodes)) if j != k)
-        for k in range(len(nodes))
-    ]
-
-
-def forecast_matrix(computed: list[int], sigmas: np.ndarray, order: int) -> np.ndarray:
-    """Row j: weights over the computed outputs that make the output of step j."""
-    n = len(sigmas) - 1
-    out = np.zeros((n, n))
-    recent: list[int] = []
-    chosen = set(computed)
-    for j in range(n):
-        if j in chosen:
-            recent = [j, *recent[:order]]
-            out[j, j] = 1.0
-        else:
-            out[j, recent] = lagrange([sigmas[k] for k in recent], sigmas[j])
-    return out
+from vivace.calibration.gram import coordinates, error_rows, mask
+from vivace.techniques.caching.schedules import power_law
 
 
 class Problem:
@@ -60,11 +41,11 @@ class Problem:
         self.steps = np.diff(sigmas) * gain
 
     def error(self, cond: list[int], uncond: list[int], order: int, delta_order: int) -> float:
-        eye = np.eye(self.n)
+        x = coordinates(self.sigmas)
         rows = np.concatenate(
             [
-                forecast_matrix(cond, self.sigmas, order) - eye,
-                (self.guidance - 1) * (forecast_matrix(uncond, self.sigmas, delta_order) - eye),
+                error_rows(mask(cond, self.n), x, order),
+                (self.guidance - 1) * error_rows(mask(uncond, self.n), x, delta_order),
             ],
             axis=1,
         )
@@ -75,7 +56,7 @@ class Problem:
     def search(self, n_cond: int, n_uncond: int, order: int, delta_order: int, seed: int = 0) -> tuple:
         best: tuple = (math.inf, [], [])
         for power in (1.0, 1.3, 1.7):
-            cond = place(self.n, n_cond, power)
+            cond = sorted(power_law(self.n, n_cond, self.n - 1, power))
             uncond = [cond[round(i * (n_cond - 1) / max(1, n_uncond - 1))] for i in range(n_uncond)]
             uncond = sorted(set(uncond))
             found = self.descend(cond, uncond, order, delta_order)
@@ -112,14 +93,6 @@ def moves(cond: list[int], uncond: list[int], n: int) -> list[tuple[list[int], l
                 out.append((cond, sorted({*uncond, cond[k + d]} - {i})))  # noqa: PERF401
     random.Random(len(out)).shuffle(out)
     return out
-
-
-def place(n: int, count: int, power: float) -> list[int]:
-    spots: list[int] = []
-    for i in range(count):
-        spot = round((n - 1) * (i / max(1, count - 1)) ** power)
-        spots.append(max(spot, spots[-1] + 1 if spots else 0))
-    return [min(s, n - count + i) for i, s in enumerate(spots)]
 
 
 def solve(job: tuple) -> dict[str, Any]:

@@ -196,3 +196,32 @@ def test_predicted_error_is_that_of_a_run_that_reuses() -> None:
 def test_no_prompts() -> None:
     with pytest.raises(ConfigError, match="at least one prompt"):
         made(Subject("wan2.1", layers=1), [])
+
+
+def test_an_interrupted_calibration_goes_on_behind_the_last_clip(tmp_path):
+    subject, part, seen = Subject("wan2.1"), tmp_path / "c.json.part", []
+    whole = made(subject, PROMPTS)
+
+    def stop_at_second(number, prompt):
+        seen.append(number)
+        if number == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        made(subject, PROMPTS, part=part, on_prompt=stop_at_second)
+    assert part.is_file()
+    again = made(subject, PROMPTS, part=part, on_prompt=lambda number, prompt: seen.append(number))
+    assert seen == [0, 1, 1]
+    assert np.allclose(again.matrix, whole.matrix)
+    assert again.curves == whole.curves
+    # What was kept for other prompts, or is cut off, does not count.
+    for text in (part.read_text(), part.read_text()[:100]):
+        part.write_text(text)
+        seen.clear()
+        made(subject, PROMPTS[::-1], part=part, on_prompt=lambda number, prompt: seen.append(number))
+        assert seen == [0, 1]
+
+
+def test_too_few_steps_are_refused():
+    with pytest.raises(ConfigError, match="3 steps or more"):
+        made(Subject("wan2.1"), num_inference_steps=2)

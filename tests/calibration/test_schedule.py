@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vivace.calibration.gram import gram, schedule_error
-from vivace.calibration.schedule import optimal, split
+from vivace.calibration.schedule import Problem, optimal, split
 from vivace.core.errors import ConfigError
 
 
@@ -34,7 +34,7 @@ def choices(n: int, count: int) -> list[tuple[int, ...]]:
 def test_paths_are_the_best_without_guidance(objective: str, order: int, budget: int) -> None:
     g, s = made(9, order)
     best = min(schedule_error(g, s, c, None, order)[objective] for c in choices(9, budget))
-    found = optimal(g, s, budget, order=order, objective=objective)
+    found = optimal(Problem(g, s, order=order, objective=objective), budget)
     assert (len(found.cond), found.delta, found.nfe) == (budget, (), budget)
     assert found.error(objective) == pytest.approx(best, rel=1e-9)
     assert found.error("end") == pytest.approx(schedule_error(g, s, found.cond, None, order)["end"])
@@ -50,7 +50,7 @@ def test_end_error_with_guidance_is_near_the_best(seed: int, order: int) -> None
         for delta in itertools.combinations(cond, 3)
         if delta[0] == 0
     )
-    found = optimal(g, s, 5, 3, order, 4.0, "end")
+    found = optimal(Problem(g, s, order=order, guidance=4.0), 5, 3)
     assert set(found.delta) <= set(found.cond)
     assert (len(found.cond), len(found.delta), found.nfe) == (5, 3, 8)
     # A local search: among the best three per cent of all schedules.
@@ -66,34 +66,34 @@ def test_a_budget_is_shared_out_between_the_branches() -> None:
         for delta in itertools.combinations(cond, 8 - b)
         if delta[0] == 0
     )
-    found = split(g, s, 8, 1, 4.0, "sum")
+    found = split(Problem(g, s, order=1, guidance=4.0, objective="sum"), 8)
     assert found.nfe == 8
     assert found.error("sum") <= 1.05 * best
-    assert split(g, s, 16, 1, 4.0).error("end") == 0.0
+    assert split(Problem(g, s, order=1, guidance=4.0), 16).error("end") == 0.0
 
 
 def test_rules_are_kept() -> None:
     g, s = made(12, 2)
     for order in (0, 1, 2):
-        found = optimal(g, s, 6, 4, order, 4.0, "end", first=2, last=1, max_gap=3)
+        found = optimal(Problem(g, s, order=order, guidance=4.0, first=2, last=1, max_gap=3), 6, 4)
         steps = [*found.cond, 12]
         assert {0, 1, 11} <= set(found.cond) & set(found.delta)
         assert max(b - a - 1 for a, b in itertools.pairwise(steps)) <= 3
     with pytest.raises(ConfigError, match="2 computed of 12 steps do not fit"):
-        optimal(g, s, 2, max_gap=3)
+        optimal(Problem(g, s, max_gap=3), 2)
     with pytest.raises(ConfigError, match="7 guided steps do not fit"):
-        optimal(g, s, 6, 7, guidance=4.0)
+        optimal(Problem(g, s, guidance=4.0), 6, 7)
     with pytest.raises(ConfigError, match="give between 2 and 24"):
-        split(g, s, 25, guidance=4.0)
+        split(Problem(g, s, guidance=4.0), 25)
     with pytest.raises(ConfigError, match="no objective"):
-        optimal(g, s, 6, objective="best")
+        optimal(Problem(g, s, objective="best"), 6)
 
 
 @pytest.mark.parametrize("order", [0, 2])
 def test_fifty_steps_are_solved_quickly(order: int) -> None:
     g, s = made(50, 3)
     start = time.process_time()
-    found = optimal(g, s, 20, 12, order, 5.0)
+    found = optimal(Problem(g, s, order=order, guidance=5.0), 20, 12)
     assert time.process_time() - start < 5.0
     every = range(0, 50, 3)
     assert found.error("end") < schedule_error(g, s, every, None, order, 5.0)["end"]

@@ -9,6 +9,7 @@ import pytest
 from vivace.calibration.artifact import Calibration
 from vivace.calibration.gram import schedule_error
 from vivace.cli.calibrate import schedule_for
+from vivace.plans.plan import Plan
 
 SMALL = (
     "--steps",
@@ -75,3 +76,27 @@ def test_an_empty_prompt_file(vivace, folder: Path, here: Path) -> None:
     (here / "p.txt").write_text("\n \n")
     run = vivace("calibrate", "-m", str(folder), "--prompts", "p.txt")
     assert (run.code, "holds no prompt" in run.sentence) == (2, True)
+
+
+def test_the_schedule_as_a_plan(vivace, folder: Path, here: Path) -> None:
+    run = vivace(
+        "calibrate",
+        "-m",
+        str(folder),
+        "--count",
+        "1",
+        *SMALL,
+        "--target",
+        "speedup=2",
+        "--plan-file",
+        "s.yaml",
+    )
+    assert run.code == 0, run.err
+    assert not list(here.glob("*.part"))
+    made = Plan.load(here / "s.yaml")
+    (technique,) = made.techniques
+    cond, uncond = technique.schedule(6)
+    assert len(cond) + len(uncond) == 6
+    alone = vivace("calibrate", "-m", str(folder), "--count", "1", *SMALL, "--plan-file", "s.yaml")
+    assert alone.code == 2
+    assert "needs a --target" in alone.err

@@ -156,37 +156,12 @@ class Problem:
         return Schedule(tuple(sorted(cond)), chosen, tuple(self.errors(cond, delta).items()))
 
 
-def optimal(
-    gram: np.ndarray,
-    sigmas: np.ndarray | list[float],
-    budget_cond: int,
-    budget_delta: int | None = None,
-    order: int = 0,
-    guidance: float = 1.0,
-    objective: str = "end",
-    first: int = 1,
-    last: int = 0,
-    max_gap: int | None = None,
-    coordinate: str = "sigma",
-) -> Schedule:
+def optimal(problem: Problem, budget_cond: int, budget_delta: int | None = None) -> Schedule:
     """The best schedule with `budget_cond` conditional and `budget_delta` guided steps (as many when left out).
-
-    See `Problem` for the other arguments.
 
     Raises:
         ConfigError: the budgets do not fit the rules; the sentence says why.
     """
-    problem = Problem(
-        gram,
-        sigmas,
-        order=order,
-        guidance=guidance,
-        objective=objective,
-        first=first,
-        last=last,
-        max_gap=max_gap,
-        coordinate=coordinate,
-    )
     most = budget_cond if budget_delta is None else budget_delta
     cond = _paths(problem, 0, budget_cond).get(budget_cond)
     if cond is None:
@@ -194,36 +169,15 @@ def optimal(
     return _solve(problem, cond, most)
 
 
-def split(
-    gram: np.ndarray,
-    sigmas: np.ndarray | list[float],
-    nfe: int,
-    order: int = 0,
-    guidance: float = 1.0,
-    objective: str = "end",
-    first: int = 1,
-    last: int = 0,
-    max_gap: int | None = None,
-    coordinate: str = "sigma",
-) -> Schedule:
+def split(problem: Problem, nfe: int) -> Schedule:
     """The best schedule of `nfe` evaluations in all, shared out between the two streams.
 
     Raises:
         ConfigError: the budget does not fit the rules.
     """
-    problem = Problem(
-        gram,
-        sigmas,
-        order=order,
-        guidance=guidance,
-        objective=objective,
-        first=first,
-        last=last,
-        max_gap=max_gap,
-        coordinate=coordinate,
-    )
+    objective = problem.objective
     if not problem.guided:
-        return optimal(gram, sigmas, nfe, None, order, guidance, objective, first, last, max_gap, coordinate)
+        return optimal(problem, nfe)
     paths = _paths(problem, 0, problem.n)
     least = len(problem.forced)
     starts = []

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vivace.calibration.artifact import Calibration
     from vivace.calibration.schedule import Schedule
     from vivace.cli.shared.run import Job
+    from vivace.plans.plan import Plan
 
 CAPTIONS = (
     "a person walks along a beach at sunset",
@@ -54,6 +55,12 @@ def calibrate(
     order: Annotated[
         int, typer.Option(min=0, max=2, help="Degree of the extrapolation that --target assumes.")
     ] = 0,
+    plan_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --target: write the schedule as a plan, ready for --plan.", show_default=False
+        ),
+    ] = None,
     seed: options.Seed = 0,
     steps: options.Steps = None,
     frames: options.Frames = None,
@@ -66,16 +73,20 @@ def calibrate(
 ) -> None:
     """Measure once, for one model, shape and number of steps, what caches and schedules can be set by.
 
-    Runs the exact model on each prompt and writes one small file.
+    Runs the exact model on each prompt and writes one small file. An interrupted run goes on behind the last finished
+    prompt when the same command is given again.
     """
     from rich.markup import escape
 
     from vivace.cli.shared.output import Outputs
     from vivace.cli.shared.run import load, prepare
     from vivace.cli.shared.screen import screen
+    from vivace.core.errors import ConfigError
     from vivace.plans.plan import Plan
 
     wish = _target(target) if target else None
+    if plan_file is not None and wish is None:
+        raise ConfigError("--plan-file needs a --target, for example --target speedup=2.")
     texts = _prompts(prompts, model, count)
     request = Request(
         prompt=texts[0],
@@ -93,12 +104,18 @@ def calibrate(
     job = prepare(request, Plan())
     with Outputs() as outputs:
         hidden = outputs.reserve(output)
-        made = _made(job, load(job), texts)
+        written = outputs.reserve(plan_file) if plan_file is not None else None
+        part = output.with_name(output.name + ".part")
+        made = _made(job, load(job), texts, part)
         made.save(hidden)
+        found = schedule_for(made, *wish, order) if wish is not None else None
+        if written is not None and found is not None:
+            _plan(made, found, order).save(written)
+    part.unlink(missing_ok=True)
     out = screen()
     out.print(_facts(made))
-    if wish is not None:
-        out.print(_solved(made, *wish, order))
+    if found is not None:
+        out.print(_solved(made, found))
     out.print(f"\n[bold]{escape(str(output))}[/]", soft_wrap=True)
 
 
@@ -144,7 +161,18 @@ def _prompts(file: Path | None, model: str, count: int | None) -> list[str]:
     return texts[:limit]
 
 
-def _made(job: Job, pipeline: object, prompts: list[str]) -> Calibration:
+def _plan(made: Calibration, found: Schedule, order: int) -> Plan:
+    """The schedule as a plan."""
+    from vivace.plans.plan import Plan
+    from vivace.techniques.caching.optimal_schedule import OptimalSchedule
+
+    schedule = OptimalSchedule(
+        cond=found.cond, uncond=found.delta, steps=made.key.steps, order=order, delta_order=order
+    )
+    return Plan([schedule], name="calibrated")
+
+
+def _made(job: Job, pipeline: object, prompts: list[str], part: Path) -> Calibration:
     """One progress line for each prompt."""
     import contextlib
 
@@ -170,6 +198,7 @@ def _made(job: Job, pipeline: object, prompts: list[str]) -> Calibration:
             seed=job.request.seed,
             on_step=on_step,
             on_prompt=on_prompt,
+            part=part,
             **job.call,
         )
 
@@ -187,13 +216,12 @@ def _facts(made: Calibration) -> Table:
     return rows
 
 
-def _solved(made: Calibration, name: str, value: float, order: int) -> Table:
-    """The schedule for a target and what it is predicted to cost, with thresholds that skip as many steps."""
+def _solved(made: Calibration, found: Schedule) -> Table:
+    """A schedule and what it is predicted to cost, with thresholds that skip as many steps."""
     from vivace.calibration import solve
     from vivace.cli.shared.screen import facts
     from vivace.core.errors import ConfigError
 
-    found = schedule_for(made, name, value, order)
     total = _evaluations(made)
     rows = facts()
     rows.add_row("evaluations", f"{found.nfe} of {total}, {total / found.nfe:.2f} times fewer")
@@ -224,10 +252,13 @@ def schedule_for(made: Calibration, name: str, value: float, order: int) -> Sche
     Raises:
         ConfigError: more speed than two evaluations give.
     """
-    from vivace.calibration.schedule import split
+    from vivace.calibration.schedule import Problem, split
+
+    guidance = made.key.guidance if _guided(made) else 1.0
+    problem = Problem(made.matrix, made.sigmas, order=order, guidance=guidance)
 
     def ask(nfe: int) -> Schedule:
-        return split(made.matrix, made.sigmas, nfe, order, made.key.guidance if _guided(made) else 1.0)
+        return split(problem, nfe)
 
     total = _evaluations(made)
     if name == "speedup":

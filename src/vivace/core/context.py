@@ -7,7 +7,7 @@ for one generation, and is dropped when the generation ends in whatever way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -82,6 +82,8 @@ class Clock:
     steps_are_the_users: bool = False
     """The caller gave `num_inference_steps` himself: a technique must not change the number of steps."""
     evaluation: Evaluation | None = None
+    samples: tuple[int, ...] | None = None
+    """Which samples of the batch the rows of a narrowed call are; None for all of them."""
 
     @property
     def timestep(self) -> float:
@@ -106,17 +108,18 @@ class Clock:
     def who(self, rows: int) -> list[tuple[str, int]]:
         """(branch, sample) of each of the call's batch rows; a fused pair holds the unconditional half first."""
         if self.branch != FUSED:
-            return [(self.branch, i) for i in range(rows)]
+            return [(self.branch, i) for i in self.samples or range(rows)]
         return [(branch, i) for branch in (UNCOND, COND) for i in range(rows // 2)]
 
     @contextmanager
-    def narrowed(self, branch: str) -> Iterator[None]:
-        """What runs inside sees one branch of the fused pair only (its rows alone are evaluated)."""
-        before, self.branch = self.branch, branch
+    def narrowed(self, branch: str, samples: Sequence[int] | None = None) -> Iterator[None]:
+        """What runs inside sees one branch only, and of its batch only `samples` (all by default)."""
+        before = self.branch, self.samples
+        self.branch, self.samples = branch, None if samples is None else tuple(samples)
         try:
             yield
         finally:
-            self.branch = before
+            self.branch, self.samples = before
 
     def begin(self, timesteps: tuple[float, ...], sigmas: tuple[float, ...]) -> None:
         """A generation starts."""
@@ -124,7 +127,7 @@ class Clock:
         self.running = True
         self.step, self.num_steps = 0, len(timesteps)
         self.timesteps, self.sigmas = timesteps, sigmas
-        self.branch, self.evaluation = COND, None
+        self.branch, self.evaluation, self.samples = COND, None, None
 
     def advance(self) -> bool:
         """A step ended. Returns whether it was the last one."""

@@ -7,8 +7,10 @@ host memory, and of the step before what the next is compared with; block residu
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -33,6 +35,8 @@ TOKENS = 4096
 CHANGES = ("residual_ratio", "time_change", "first_block_change", "output_change")
 _SCALARS = (*CHANGES, "residual_ratio_std")
 _DEGREE = 4
+LEAST_STEPS = 3
+"""Fewest steps that a calibration says something about."""
 Lane = tuple[str, str]
 """(expert, branch)"""
 
@@ -49,6 +53,57 @@ class Clip:
     """What the last step left behind to compare with."""
     sigmas: tuple[float, ...] = ()
     timesteps: tuple[float, ...] = ()
+
+
+class Finished:
+    """Clips that are done, in memory and, where a file is given, in a file that an interrupted run leaves behind.
+
+    Args:
+        file: JSON; what it holds counts only if it was written for the same `header`.
+        header: what is being calibrated, as plain data.
+    """
+
+    def __init__(self, file: Path | None, header: dict[str, Any]) -> None:
+        self._file, self._header = file, json.loads(json.dumps(header))
+        self.grams: list[np.ndarray] = []
+        self.clips: list[Clip] = []
+        if file is not None and file.is_file():
+            self._read(file)
+
+    def _read(self, file: Path) -> None:
+        try:
+            data = json.loads(file.read_text())
+            if data["header"] != self._header:
+                return
+            for saved in data["clips"]:
+                rows = {(expert, branch): row for expert, branch, row in saved["rows"]}
+                clip = Clip(rows=rows, sigmas=tuple(saved["sigmas"]), timesteps=tuple(saved["timesteps"]))
+                self.clips.append(clip)
+                self.grams.append(np.array(saved["gram"]))
+        except (ValueError, KeyError, TypeError):
+            # Cut off while being written, or somebody else's: begin again.
+            self.clips, self.grams = [], []
+
+    def add(self, matrix: np.ndarray, clip: Clip) -> None:
+        """One more clip; its tensors are let go."""
+        clip.outputs.clear()
+        clip.before.clear()
+        self.grams.append(matrix)
+        self.clips.append(clip)
+        if self._file is None:
+            return
+        clips = [
+            {
+                "gram": g.tolist(),
+                "rows": [[*lane, row] for lane, row in c.rows.items()],
+                "sigmas": [float(s) for s in c.sigmas],
+                "timesteps": [float(t) for t in c.timesteps],
+            }
+            for g, c in zip(self.grams, self.clips, strict=True)
+        ]
+        fresh = self._file.with_name(self._file.name + ".new")
+        fresh.write_text(json.dumps({"header": self._header, "clips": clips}))
+        fresh.replace(self._file)
 
 
 @dataclass
@@ -164,6 +219,7 @@ def calibrate(
     seed: int = 0,
     on_step: StepListener | None = None,
     on_prompt: Callable[[int, str], None] | None = None,
+    part: Path | None = None,
     **call: Any,
 ) -> Calibration:
     """Run the exact pipeline once for each prompt and keep what was measured.
@@ -175,10 +231,12 @@ def calibrate(
         seed: of the first clip; clip i gets seed + i.
         on_step: called after every step, as in a session.
         on_prompt: called with (number, prompt) before every clip.
+        part: file that finished clips are kept in, so that an interrupted calibration goes on behind them. The caller
+            deletes it.
         call: the pipeline's arguments (steps, shape, guidance); what is left out is the model's default.
 
     Raises:
-        ConfigError: no prompts.
+        ConfigError: no prompts, or fewer than `LEAST_STEPS` steps.
         PlanError: the model's blocks cannot be addressed.
         ModelError: the pipeline did not run as a trajectory of steps.
         ShapeError: a shape the model cannot make.
@@ -194,19 +252,24 @@ def calibrate(
         steps=call.get("num_inference_steps"),
         guidance=call.get(scale),
     )
+    if workload.steps < LEAST_STEPS:
+        raise ConfigError(
+            f"{workload.steps} steps leave nothing to compare; calibrate with {LEAST_STEPS} steps or more."
+        )
     call = {"num_inference_steps": workload.steps, "output_type": "latent"} | call
-    recorder, grams, clips = Recorder(), [], []
+    recorder = Recorder()
     key = key_of(model, pipeline, workload)
+    log = Finished(part, {"key": asdict(key), "prompts": prompts_digest(prompts), "seed": seed})
+    grams, clips = log.grams, log.clips
     with accelerate(pipeline, Plan([recorder]), model=model, on_step=on_step) as session:
         for i, prompt in enumerate(prompts):
+            if i < len(clips):
+                continue
             if on_prompt is not None:
                 on_prompt(i, prompt)
             clip = recorder.sink.clip = Clip()
             session(prompt, seed=seed + i, **call)
-            grams.append(_gram(clip, workload.steps))
-            clip.outputs.clear()
-            clip.before.clear()
-            clips.append(clip)
+            log.add(_gram(clip, workload.steps), clip)
     import vivace
 
     return Calibration(

@@ -7,11 +7,13 @@ import torch
 from guidance_oracle import Loop
 
 from vivace.plans.plan import Plan
+from vivace.plans.session import accelerate
+from vivace.techniques.caching.easycache import EasyCache
 from vivace.techniques.caching.first_block_cache import FirstBlockCache
 from vivace.techniques.trajectory.adaptive_guidance import AdaptiveGuidance
 from vivace.testing.case import in_force
 from vivace.testing.guided import GuidedLoop, fused_family
-from vivace.testing.models import pipeline
+from vivace.testing.models import CALL, pipeline
 from vivace.testing.subjects import Subject, distance
 
 
@@ -103,9 +105,40 @@ def test_counts_lie_in_the_estimate(name):
     assert estimate.problems(run.receipt.counts) == []
 
 
-def test_a_cache_below_is_warned_of():
-    plan = Plan([AdaptiveGuidance(), FirstBlockCache()])
-    assert ["a batch" in str(p) for p in plan.problems(Subject("wan2.1").model)] == [True]
+@pytest.mark.parametrize(
+    "cache", [FirstBlockCache(threshold=1.0, warmup=1), EasyCache(threshold=1.0, warmup=2)]
+)
+def test_a_cache_below_keeps_the_samples_apart(cache):
+    """Two samples of which one stops: the rows that are left are still known by their own sample."""
+    pipe = pipeline("wan2.1")
+    prompts, seeds = ["a red ball", "zzz 99 !!"], [3, 11]
+
+    def run(prompt, seed, *techniques):
+        call = CALL | {"output_type": "latent", "negative_prompt": [""] * len(prompt)}
+        with accelerate(pipe, Plan(techniques)) as fast:
+            out = fast(prompt, seed=seed, **call)
+        return out.raw.frames, out.receipt
+
+    def highest(prompt, seed):
+        """The running maximum of cos(c, u) over the steps of an exact run."""
+        outputs = []
+        hook = pipe.transformer.register_forward_hook(lambda m, a, out: outputs.append(out[0].flatten()))
+        run([prompt], [seed])
+        hook.remove()
+        pairs = zip(outputs[::2], outputs[1::2], strict=True)
+        return torch.stack([torch.cosine_similarity(c, u, dim=0) for c, u in pairs]).cummax(0).values
+
+    # Between the two samples' maxima at an early step: one stops there and the other goes on.
+    tops = [highest(p, s)[2] for p, s in zip(prompts, seeds, strict=True)]
+    threshold = float(sum(tops)) / 2
+    techniques = (AdaptiveGuidance(threshold=threshold), cache)
+    both, receipt = run(prompts, seeds, *techniques)
+    alone = [run([p], [s], *techniques) for p, s in zip(prompts, seeds, strict=True)]
+    assert receipt.cache_hits > 0
+    assert alone[0][1].counts["flops"] != alone[1][1].counts["flops"], "both stopped at the same step"
+    for i, (single, _) in enumerate(alone):
+        assert distance(both[i : i + 1], single) < 1e-4, i
+    assert receipt.blocks_run == pytest.approx(sum(r.blocks_run for _, r in alone) / 2)
 
 
 def test_each_expert_decides_anew():

@@ -65,7 +65,7 @@ class DeltaDiT(CacheTechnique):
         """Blocks of the group in a stack of `depth`."""
         return round(self.blocks * depth)
 
-    def share(self, model: ModelDescription) -> float:
+    def work_share(self, model: ModelDescription) -> float:
         return self.count(model.depth) / model.depth
 
     def check(self, model: ModelDescription) -> list[Problem]:

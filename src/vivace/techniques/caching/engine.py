@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vivace.core.context import COND, FUSED
+from vivace.core.context import COND
 from vivace.core.errors import ConfigError
 from vivace.core.shapes import Workload
 from vivace.models.adapter import BlockCall, Expert, ModelDescription, Need, RootCall
@@ -118,7 +118,7 @@ class CacheTechnique(Technique):
         """The engine for one expert; methods that look at more than the signal give their own."""
         return Cache(self, target, expert)
 
-    def share(self, model: ModelDescription) -> float:
+    def work_share(self, model: ModelDescription) -> float:
         """Share of the blocks that a skipped step saves."""
         return (model.depth - self.front - self.back) / model.depth
 
@@ -171,7 +171,7 @@ class CacheTechnique(Technique):
             most, least = (free - free // (self.max_consecutive + 1)) / steps, 0.0
         if self.span == NETWORK:
             return base.scaled(1.0 - most, 1.0 - least)
-        share = self.share(model)
+        share = self.work_share(model)
         out = base.scaled(1.0 - most * share, 1.0 - least * share, fields=("blocks_run", "attention_pairs"))
         # Blocks of two lists cost differently, so of the FLOPs only the computed steps are sure.
         return out.scaled(1.0 - most, 1.0, fields=("flops",))
@@ -400,8 +400,9 @@ class Cache:
         if now.run:
             whole = not now.skip
             branches = {moment.who[i][0] for i in now.run}
-            if not whole and self.clock.branch == FUSED and len(branches) == 1:
-                with self.clock.narrowed(branches.pop()):
+            if not whole and len(branches) == 1:
+                samples = [moment.who[i][1] for i in now.run]
+                with self.clock.narrowed(branches.pop(), samples):
                     sample = run(call.rows_at(now.run))
             else:
                 sample = run(call if whole else call.rows_at(now.run))

@@ -28,6 +28,7 @@ from vivace.techniques.caching.memory import STORAGES, History
 from vivace.techniques.caching.predictors import Lagrange
 from vivace.techniques.caching.schedules import power_law, resampled
 from vivace.techniques.caching.signals import relative_change
+from vivace.techniques.guidance import conditional_half, without
 
 if TYPE_CHECKING:
     import torch
@@ -152,16 +153,13 @@ class OptimalSchedule(Technique):
         if base.nfe[0] < 2 * steps:
             share = len(cond) / steps
             return base.scaled(share, min(1.0, share + (experts - 1) / steps))
-        share = (len(cond) + len(uncond)) / (2 * steps)
-        extra = 2 * (experts - 1) / (2 * steps)
-        out = base.scaled(share, min(1.0, share + extra))
-        grid = model.grid(workload)
-        if model.guidance is Guidance.SEPARATE and grid is not None and grid.text:
-            # The branches' texts may differ in length, so each may cost from the video's part to all of a pair.
-            least = 1.0 / (1.0 + (grid.tokens / grid.video) ** 2)
-            ends = [(len(cond) * a + len(uncond) * (1.0 - a)) / steps for a in (least, 1.0 - least)]
-            out = out.scaled(min(ends) / share, max(ends) / share, fields=("attention_pairs", "flops"))
-        return out
+        pairs, extra = len(uncond) / steps, (experts - 1) / steps
+        # Steps without any evaluation, then those without the unconditional one.
+        out = base.scaled(len(cond) / steps, min(1.0, len(cond) / steps + extra))
+        alone = 1.0 - pairs * steps / len(cond)
+        if experts > 1:
+            return out.scaled(1.0 - alone / 2, 1.0)
+        return without(model, workload.with_(steps=len(cond)), out, alone, alone)
 
     def apply(self, target: Target) -> None:
         for expert in target.experts:
@@ -242,8 +240,7 @@ class Forecast:
             self._push(outputs.delta, self.for_delta, sample[half:] - sample[:half])
             return sample
         if computes_cond:
-            with self.clock.narrowed(COND):
-                now = run(call.select(half, call.rows))
+            now = conditional_half(self.target, call, run)
             self._push(outputs.cond, self.for_cond, now)
             self._skipped(1.0)
         else:

@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vivace.calibration.gram import lagrange_weights
+
 
 @dataclass(frozen=True, slots=True)
 class Predictor:
@@ -45,10 +47,7 @@ class Lagrange(Predictor):
         return self.order + 1
 
     def weights(self, nodes: Sequence[float], at: float) -> tuple[float, ...]:
-        n = min(len(nodes), self.depth)
-        return tuple(
-            math.prod((at - nodes[j]) / (nodes[k] - nodes[j]) for j in range(n) if j != k) for k in range(n)
-        )
+        return tuple(lagrange_weights(nodes[: self.depth], at).tolist())
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ from vivace.techniques.base import (
     Estimate,
     Need,
     Paradigm,
-    Problem,
     RootHandler,
     Stage,
     Target,
@@ -24,7 +23,7 @@ from vivace.techniques.base import (
     exclusive,
     knob,
 )
-from vivace.techniques.trajectory.guidance_branches import (
+from vivace.techniques.guidance import (
     Run,
     conditional_half,
     difference,
@@ -92,20 +91,6 @@ class AdaptiveGuidance(Technique):
         # With random weights the cosine wanders; at this threshold it is passed early.
         return (cls(threshold=0.5), cls(threshold=0.5, delta=STORED))
 
-    def check_beside(self, model: ModelDescription, others: tuple[Technique, ...]) -> list[Problem]:
-        caches = sorted(
-            t.card.name
-            for t in others
-            if {c.resource for c in t.claims(model)} & {"block.skip", "step.skip", "block.output"}
-        )
-        if not caches:
-            return []
-        message = (
-            f"in a batch whose samples stop at different steps, {', '.join(caches)} cannot tell which sample a row "
-            "belongs to; run one sample at a time."
-        )
-        return [self.problem("batch", message, "warning")]
-
     def apply(self, target: Target) -> None:
         for expert in target.experts:
             target.around_expert(expert, self._handler(target))
@@ -127,7 +112,7 @@ class AdaptiveGuidance(Technique):
                 uncond = run(call)
                 self._decide(memory, active, cond, uncond)
                 return uncond
-            part = run(call.rows_at(active)) if active else None
+            part = self._part(target, call, run, active)
             return self._answer(target, memory, cond, active, part)
 
         return handler
@@ -144,11 +129,16 @@ class AdaptiveGuidance(Technique):
             self._decide(memory, active, cond, uncond)
             return pair
         cond = conditional_half(target, call, run)
-        part = None
-        if active:
-            with target.clock.narrowed(UNCOND):
-                part = run(call.rows_at(active))
+        part = self._part(target, call, run, active)
         return torch.cat([self._answer(target, memory, cond, active, part), cond])
+
+    @staticmethod
+    def _part(target: Target, call: RootCall, run: Run, active: Sequence[int]) -> torch.Tensor | None:
+        """u of the active samples alone; None when there are none. The unconditional rows stand first in a pair."""
+        if not active:
+            return None
+        with target.clock.narrowed(UNCOND, active):
+            return run(call.rows_at(active))
 
     def _answer(
         self,

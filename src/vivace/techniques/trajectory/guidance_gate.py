@@ -24,7 +24,7 @@ from vivace.techniques.base import (
     exclusive,
     knob,
 )
-from vivace.techniques.trajectory.guidance_branches import (
+from vivace.techniques.guidance import (
     Run,
     conditional_half,
     difference,

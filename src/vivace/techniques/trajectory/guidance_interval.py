@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from vivace.core.context import COND, FUSED, UNCOND
 from vivace.core.shapes import Workload
-from vivace.models.adapter import Guidance, ModelDescription, RootCall
+from vivace.models.adapter import ModelDescription, RootCall
 from vivace.techniques.base import (
     Card,
     Cite,
@@ -22,6 +22,7 @@ from vivace.techniques.base import (
     exclusive,
     knob,
 )
+from vivace.techniques.guidance import conditional_half, skipped, without
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,7 +97,7 @@ class GuidanceInterval(Technique):
                 return sample
             if clock.branch != UNCOND or clock.step not in kept:
                 return run(call)
-            self._skipped(target)
+            skipped(target, NAME)
             return kept.pop(clock.step)
 
         return handler
@@ -106,28 +107,12 @@ class GuidanceInterval(Technique):
         """The pair [uncond, cond] in one batch: run the second half and answer both with it."""
         import torch
 
-        with target.clock.narrowed(COND):
-            sample = run(call.select(call.rows // 2, call.rows))
-        GuidanceInterval._skipped(target)
+        sample = conditional_half(target, call, run)
+        skipped(target, NAME)
         return torch.cat([sample, sample])
-
-    @staticmethod
-    def _skipped(target: Target) -> None:
-        target.report(NAME, "evaluations_skipped", 1)
-        if (evaluation := target.clock.evaluation) is not None:
-            evaluation.mark(NAME)
 
     def estimate(self, model: ModelDescription, workload: Workload, base: Estimate) -> Estimate:
         """Exact where both branches have texts of one length, which joint attention of separate calls need not have."""
-        if base.nfe[0] < 2 * workload.steps:
-            return base
         guided = sum(self.guides(i, workload.steps) for i in range(workload.steps))
-        skipped = (workload.steps - guided) / workload.steps
-        out = base.scaled(1.0 - skipped / 2, fields=("nfe", "blocks_run"))
-        grid = model.grid(workload)
-        least = 0.5
-        if model.guidance is Guidance.SEPARATE and grid is not None and grid.text:
-            # A branch costs at least what its video tokens cost, and at most what it costs with all text tokens.
-            least = 1.0 / (1.0 + (grid.tokens / grid.video) ** 2)
-        fields = ("attention_pairs", "flops")
-        return out.scaled(1.0 - skipped * (1.0 - least), 1.0 - skipped * least, fields=fields)
+        share = (workload.steps - guided) / workload.steps
+        return without(model, workload, base, share, share)
