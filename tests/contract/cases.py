@@ -16,7 +16,6 @@ WHOLE = (
     "lora",
     "optimal_schedule",
     "radial",
-    "sliding_tile",
     "solver",
     "student_checkpoint",
     "whole_clip_decode",

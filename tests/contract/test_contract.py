@@ -25,10 +25,10 @@ ESSENTIAL = (
     "check_undo_is_exact",
     "check_identity_is_the_exact_run",
     "check_it_acts",
-    "check_outputs_are_finite",
     "check_aborted_generation_leaves_nothing",
     "check_batch_mates_do_not_matter",
     "check_fused_guidance_is_separate_guidance",
+    "check_counts_are_as_estimated",
     "check_receipt_adds_up",
 )
 
