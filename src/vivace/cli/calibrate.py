@@ -117,6 +117,8 @@ def calibrate(
     if found is not None:
         out.print(_solved(made, found))
     out.print(f"\n[bold]{escape(str(output))}[/]", soft_wrap=True)
+    if plan_file is not None:
+        out.print(f"[bold]{escape(str(plan_file))}[/]  a plan: --plan {escape(str(plan_file))}", soft_wrap=True)
 
 
 def _target(text: str) -> tuple[str, float]:
