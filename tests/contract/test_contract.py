@@ -33,13 +33,36 @@ ESSENTIAL = (
 )
 
 
+MASKED = (
+    "delta_dit",
+    "duca",
+    "fastercache",
+    "foca",
+    "fora",
+    "frozen_schedule",
+    "hicache",
+    "magcache",
+    "pyramid_attention_broadcast",
+    "smoothcache",
+    "taylorseer",
+    "taylorseer_modules",
+    "toca",
+)
+"""Caches whose steps are known beforehand: no sample's values decide, so batch mates are left to the whole contract."""
+
+
 def chosen() -> list[tuple[str, object]]:
     """(technique, check) of this run."""
     return [
         (name, check)
         for name in registry
         for check in technique_checks()
-        if full() or name in WHOLE or check.__name__ in ESSENTIAL
+        if full()
+        or name in WHOLE
+        or (
+            check.__name__ in ESSENTIAL
+            and not (name in MASKED and check.__name__ == "check_batch_mates_do_not_matter")
+        )
     ]
 
 
@@ -56,7 +79,7 @@ def test_technique_keeps_the_contract(name: str, check):
 
 def test_essential_checks_exist():
     assert set(ESSENTIAL) <= {check.__name__ for check in technique_checks()}
-    assert set(WHOLE) <= set(registry)
+    assert set(WHOLE) | set(MASKED) <= set(registry)
 
 
 def test_known_failures_exist():

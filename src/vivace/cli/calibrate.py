@@ -118,7 +118,9 @@ def calibrate(
         out.print(_solved(made, found))
     out.print(f"\n[bold]{escape(str(output))}[/]", soft_wrap=True)
     if plan_file is not None:
-        out.print(f"[bold]{escape(str(plan_file))}[/]  a plan: --plan {escape(str(plan_file))}", soft_wrap=True)
+        out.print(
+            f"[bold]{escape(str(plan_file))}[/]  a plan: --plan {escape(str(plan_file))}", soft_wrap=True
+        )
 
 
 def _target(text: str) -> tuple[str, float]:
