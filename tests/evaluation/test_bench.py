@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import multiprocessing
 
 import numpy as np
 import pytest
 
 from vivace.core.errors import ConfigError, UnknownNameError
+from vivace.evaluation import shards
+from vivace.evaluation.assemble import LEFT_OUT
 from vivace.evaluation.bench import Bench, Options
 from vivace.evaluation.contender import parse, plan_of
 from vivace.evaluation.shards import Shard
@@ -166,6 +170,73 @@ def test_half_a_contender_gives_no_record(task, whole, tmp_path):
     outcome = bench(task, tmp_path, ["steps=2"], quality=False).run()
     assert "1 of 2 shards" in outcome.failed["steps=2"]
     assert "steps=2" not in outcome.records
+
+
+def test_only_the_chosen_metrics_are_measured(task, whole, records, tmp_path):
+    # Named in another order than the task's: the order makes no other work.
+    job = bench(task, tmp_path, ["steps=2"], metrics=("attributes", "psnr"))
+    outcome = job.run()
+    record = job.store.record(outcome.records["steps=2"])
+    assert [m.name for m in record.quality.metrics] == ["psnr", "attributes"]
+    assert record.quality.skipped == {"latent_error": LEFT_OUT}
+    assert "measured 2 of 3 metrics: psnr, attributes." in record.warnings
+    assert record.quality.fidelity["psnr"] == records["steps=2"].quality.fidelity["psnr"]
+    samples = job.store.samples(record)
+    assert "latent_rel_l2" not in samples.columns
+    assert samples.hashes == whole[0].store.samples(records["steps=2"]).hashes
+    assert not any("measured" in w for w in records["steps=2"].warnings)
+
+
+def test_work_of_other_metrics_lies_elsewhere(task, tmp_path):
+    def folder(*names):
+        return bench(task, tmp_path, [], metrics=names).work
+
+    assert folder("psnr", "attributes") == folder("attributes", "psnr", "psnr")
+    assert folder("psnr") != folder("attributes") != folder() != folder("psnr")
+    assert folder(*METRICS) == folder()
+
+
+def test_a_metric_that_the_task_has_not_is_told(task, tmp_path):
+    with pytest.raises(
+        ConfigError, match="has no metric 'fid' or 'ssim'; choose from psnr, attributes, latent_error"
+    ):
+        bench(task, tmp_path, [], metrics=("fid", "psnr", "ssim"))
+    speed = Task.load("speed-wan1.3b-480p@1")
+    with pytest.raises(ConfigError, match="measures no quality; leave --metrics out"):
+        bench(speed, tmp_path, [], metrics=("psnr",))
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "places"),
+    [
+        ("cuda", 2, ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:0"]),
+        ("cuda", 8, ["cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:4"]),
+        ("cuda", 1, ["cuda:0"] * 5),
+        ("cuda", 0, ["cuda"] * 5),
+        ("cuda:1", 4, ["cuda:1"] * 5),
+        ("cpu", 4, ["cpu"] * 5),
+    ],
+)
+def test_workers_are_dealt_out_over_the_gpus(device, gpus, places):
+    assert [shards.device_of_worker(device, i, gpus) for i in range(5)] == places
+
+
+def test_each_worker_starts_on_its_own_gpu(task, tmp_path, monkeypatch):
+    """The initialiser as it runs in three processes, without a GPU: devices are recorded, nothing is built."""
+    current, started = [], multiprocessing.get_context("spawn").Value("i", 0)
+    monkeypatch.setattr(shards, "_worker", None)
+    monkeypatch.setattr(shards, "_end_with_parent", lambda parent: None)
+    monkeypatch.setattr(shards, "Worker", lambda job: job)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: current.append(str(device)))
+    job, places = shards.Job(task=task, work=tmp_path, device="cuda"), []
+    for _ in range(3):
+        shards.start_worker(job, started)
+        places.append(shards._worker.device)
+    assert places == current == ["cuda:0", "cuda:1", "cuda:0"]
+    shards.start_worker(dataclasses.replace(job, device="cpu"), started)
+    assert shards._worker.device == "cpu"
+    assert started.value == len(current) == 3
 
 
 @pytest.mark.slow

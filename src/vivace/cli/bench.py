@@ -100,8 +100,23 @@ def bench(
     anchor_samples: Annotated[
         int, typer.Option(min=0, help="The same for the anchors; 0: all.", rich_help_panel=HOW)
     ] = 0,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="Only these of the task's metrics, e.g. psnr,lpips_alex,attributes.",
+            rich_help_panel=HOW,
+            show_default=False,
+        ),
+    ] = None,
     jobs: Annotated[
-        int, typer.Option("--jobs", "-j", min=1, help="Processes of the quality run.", rich_help_panel=HOW)
+        int,
+        typer.Option(
+            "--jobs",
+            "-j",
+            min=1,
+            help="Processes of the quality run; on CUDA they share all visible GPUs.",
+            rich_help_panel=HOW,
+        ),
     ] = 1,
     dtype: options.Precision = DType.AUTO,
     device: options.Device = "auto",
@@ -141,6 +156,7 @@ def bench(
             peer_samples=peer_samples,
             coupled_samples=coupled_samples,
             anchor_samples=anchor_samples,
+            metrics=_metrics(metrics, chosen),
             jobs=jobs,
             threads=threads or 0,
             warmups=warmups,
@@ -166,6 +182,20 @@ def _specs(task: Task, plans: list[str], steps: list[int], peers: list[str], anc
         values = [{found.card.knob: v} for v in found.card.sweep] or [{}]
         out += [f"peer:{contender_name(found, v)}" for v in values]
     return out + (["floor", "seed"] if anchors and task.kind == "quality" else [])
+
+
+def _metrics(text: str | None, task: Task) -> tuple[str, ...]:
+    from vivace.core.errors import ConfigError
+
+    if text is None:
+        return ()
+    found = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not found:
+        known = ", ".join(use.name for use in task.metrics)
+        raise ConfigError(
+            "--metrics names no metric; " + (f"choose from {known}." if known else "leave it out.")
+        )
+    return found
 
 
 def _texts(file: Path | None, task: Task) -> tuple[str, ...]:

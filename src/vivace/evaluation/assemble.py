@@ -20,6 +20,7 @@ from vivace.evaluation.statistics import estimate
 from vivace.evaluation.task import MetricUse
 
 THE_REFERENCE = "the exact run is the reference."
+LEFT_OUT = "left out by --metrics."
 
 
 def samples_of(shards: Sequence[Shard]) -> Samples:
@@ -42,6 +43,7 @@ def quality_of(
     shards: Sequence[Shard],
     baseline: Sequence[Shard],
     device: Any,
+    chosen: Sequence[str] = (),
 ) -> Quality:
     """Estimates of all series with their intervals, and the reason for everything that was not measured.
 
@@ -51,10 +53,14 @@ def quality_of(
         shards: all of the contender's.
         baseline: the exact run's shards of the same numbers; empty for the exact run itself.
         device: of the metrics.
+        chosen: names of those that were measured; empty: all.
     """
     groups: dict[str, dict[str, Estimate]] = {"fidelity": {}, "absolute": {}, "distribution": {}}
     used, skipped = [], {}
     for use in metrics:
+        if chosen and use.name not in chosen:
+            skipped[use.name] = LEFT_OUT
+            continue
         metric = registry[use.name](device)
         card = metric.card
         if card.version != use.version:

@@ -50,8 +50,9 @@ class Options:
     `limit`: only the first so many prompts (a trial; the record says so). `peer_samples`, `coupled_samples` and
     `anchor_samples`: only the first so many samples for peers, for contenders that are made one by one, for the
     anchors; 0: all. `repeats`, `warmups`: of the timed run; None: the task's. `warmup_steps`: shorter warm-up calls,
-    where a whole one takes minutes. `jobs`: processes of the quality run. `audit`: count a call of each contender of a
-    speed task, which costs a whole run.
+    where a whole one takes minutes. `jobs`: processes of the quality run, on CUDA dealt out over all visible GPUs.
+    `audit`: count a call of each contender of a speed task, which costs a whole run. `metrics`: only these of the
+    task's; empty: all.
     """
 
     device: str = "cpu"
@@ -67,6 +68,7 @@ class Options:
     peer_samples: int = 0
     coupled_samples: int = 0
     anchor_samples: int = 0
+    metrics: tuple[str, ...] = ()
     jobs: int = 1
     threads: int = 0
     warmups: int | None = None
@@ -97,7 +99,7 @@ class Bench:
         watch: called with what is running, how much of the phase is done, and of how much.
 
     Raises:
-        ConfigError, UnknownNameError: a contender or the model cannot be found; nothing has been started.
+        ConfigError, UnknownNameError: a contender, a metric or the model cannot be found; nothing has been started.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class Bench:
             raise ConfigError(f"the task {task.full_name} needs {task.needs}.")
         for use in task.metrics:
             registry[use.name]
+        self.metrics = chosen_metrics(task, options.metrics)
         self.task, self.options, self.watch = task, options, watch
         self.store = Store(out)
         dtype = getattr(torch, options.dtype) if options.dtype else None
@@ -137,20 +140,20 @@ class Bench:
 
     @cached_property
     def work(self) -> Path:
-        """Where unfinished work lies: named by everything that decides a clip."""
-        key = canonical(
-            [
-                self.task.ref.sha256,
-                self.model.sha256,
-                self.model.dtype,
-                self.environment["fingerprint"],
-                self.options.limit,
-                self.options.peer_samples,
-                self.options.coupled_samples,
-                self.options.anchor_samples,
-            ]
-        )
-        return self.store.path / "work" / hashlib.sha256(key.encode()).hexdigest()[:12]
+        """Where unfinished work lies: named by everything that decides a clip, and by what is measured of it."""
+        parts: list[Any] = [
+            self.task.ref.sha256,
+            self.model.sha256,
+            self.model.dtype,
+            self.environment["fingerprint"],
+            self.options.limit,
+            self.options.peer_samples,
+            self.options.coupled_samples,
+            self.options.anchor_samples,
+        ]
+        if self.metrics:
+            parts.append(list(self.metrics))
+        return self.store.path / "work" / hashlib.sha256(canonical(parts).encode()).hexdigest()[:12]
 
     @cached_property
     def job(self) -> Job:
@@ -168,6 +171,7 @@ class Bench:
             anchor_samples=o.anchor_samples,
             threads=o.threads,
             texts=o.texts,
+            metrics=self.metrics,
         )
 
     # -- the run ----------------------------------------------------------------------------------------------
@@ -231,8 +235,9 @@ class Bench:
                 yield contender.name, attempt(worker, contender.spec, number)
             return
         context = multiprocessing.get_context("spawn")
+        started = context.Value("i", 0)
         with ProcessPoolExecutor(
-            self.options.jobs, mp_context=context, initializer=start_worker, initargs=(self.job,)
+            self.options.jobs, mp_context=context, initializer=start_worker, initargs=(self.job, started)
         ) as pool:
             try:
                 for part in (first, rest):
@@ -338,15 +343,29 @@ class Bench:
             clips=self._clips(contender) if shards else {},
             command=self.options.command,
             warnings=tuple(
-                dict.fromkeys([*self.options.notes, *self._notes, *(w for s in shards for w in s.warnings)])
+                dict.fromkeys(
+                    [
+                        *self.options.notes,
+                        *self._notes,
+                        *([self._partial] if shards and self.metrics else []),
+                        *(w for s in shards for w in s.warnings),
+                    ]
+                )
             ),
         )
         self.outcome.records[contender.name] = self.store.add(record, samples)
 
+    @property
+    def _partial(self) -> str:
+        """That only some metrics were measured, for a record."""
+        return f"measured {len(self.metrics)} of {len(self.task.metrics)} metrics: {', '.join(self.metrics)}."
+
     def _quality_of(self, contender: Contender, shards: Sequence[Shard]) -> Quality:
         baseline = self.job.folder(parse("exact"))
         theirs = [] if contender.kind == "exact" else [Shard.load(baseline, n) for n in range(len(shards))]
-        return quality_of(self.task.metrics, contender.kind, shards, theirs, self.subject.device)
+        return quality_of(
+            self.task.metrics, contender.kind, shards, theirs, self.subject.device, self.metrics
+        )
 
     def _counts(self, contender: Contender, shards: Sequence[Shard]) -> tuple[dict[str, float], str]:
         """Counts of one clip: the mean over the audited clips; for a speed task one audit call."""
@@ -401,4 +420,22 @@ class Bench:
         return {file.stem: self.store.add_clip(file.read_bytes()) for file in sorted(folder.glob("*.mp4"))}
 
 
-__all__ = ["Bench", "Options", "Outcome"]
+def chosen_metrics(task: Task, wanted: Sequence[str]) -> tuple[str, ...]:
+    """The metrics of a task that are to be measured, in the task's order; empty where that is all of them.
+
+    Raises:
+        ConfigError: a name is not among the task's metrics.
+    """
+    known = [use.name for use in task.metrics]
+    if wanted and not known:
+        raise ConfigError(f"the task {task.full_name} measures no quality; leave --metrics out.")
+    if strange := [name for name in dict.fromkeys(wanted) if name not in known]:
+        raise ConfigError(
+            f"the task {task.full_name} has no metric {' or '.join(map(repr, strange))}; choose from "
+            f"{', '.join(known)}."
+        )
+    chosen = tuple(name for name in known if name in wanted)
+    return () if len(chosen) == len(known) else chosen
+
+
+__all__ = ["Bench", "Options", "Outcome", "chosen_metrics"]

@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +61,8 @@ class Job:
     threads: int = 0
     texts: tuple[str, ...] = ()
     """Prompts of the user's own, for a task without a file: a task does not carry them to another process."""
+    metrics: tuple[str, ...] = ()
+    """Names of the task's metrics that are measured; empty: all."""
 
     def samples(self, contender: Contender) -> list[Sample]:
         """The samples of a contender, in order."""
@@ -143,7 +145,9 @@ class Worker:
     @cached_property
     def metrics(self) -> list[tuple[Metric, int]]:
         """The task's metrics that can run here, with how many samples each measures (0: all)."""
-        made = ((registry[use.name](self.subject.device), use.limit) for use in self.job.task.metrics)
+        job = self.job
+        uses = [use for use in job.task.metrics if not job.metrics or use.name in job.metrics]
+        made = ((registry[use.name](self.subject.device), use.limit) for use in uses)
         return [(metric, limit) for metric, limit in made if not metric.missing()]
 
     def pipeline(self, contender: Contender) -> Any:
@@ -329,12 +333,37 @@ def counts_of(made: Sequence[Made]) -> dict[str, float]:
 _worker: Worker | None = None
 
 
-def start_worker(job: Job) -> None:
-    """Initialiser of a worker process."""
+def start_worker(job: Job, started: Any = None) -> None:
+    """Initialiser of a worker process.
+
+    Args:
+        started: a shared integer, how many workers have started before this one; None: the job's device is taken as
+            it is.
+    """
     global _worker
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if started is not None and job.device.startswith("cuda"):
+        import torch
+
+        with started.get_lock():
+            index = started.value
+            started.value += 1
+        job = replace(job, device=device_of_worker(job.device, index, torch.cuda.device_count()))
+        # Kernels that are launched without a device go to the current one.
+        torch.cuda.set_device(torch.device(job.device))
     _worker = Worker(job)
+
+
+def device_of_worker(device: str, index: int, gpus: int) -> str:
+    """Where the worker with this number runs: `cuda` is dealt out over the visible GPUs, any other device stays.
+
+    Args:
+        device: of the job, as torch names it.
+        index: of the worker, from 0.
+        gpus: how many GPUs are visible.
+    """
+    return f"cuda:{index % gpus}" if device == "cuda" and gpus > 0 else device
 
 
 def _end_with_parent(parent: int) -> None:
