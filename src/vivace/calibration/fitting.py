@@ -1,0 +1,261 @@
+"""Weights of a solver, fitted in closed loop so that every step lands on the model's own exact trajectory.
+
+A multistep solver that evaluates the network at the noise levels t_0 > ... > t_(K-1) makes each sample a weighted sum
+
+    x_(k+1) = a_k x_0 + sum_(i <= k) b_ki v_i,      v_i the network's output at (x_i, t_i)
+
+(non-stationary solvers: Shaul et al., "Bespoke Non-Stationary Solvers", arXiv 2403.01329, eq. 7). Here the weights are
+not trained by gradients: step k takes those of least squares to the exact run's latent at t_(k+1), over the outputs
+that the fitted solver itself has met so far, so that a step also mends what the steps before it left wrong.
+
+Legend: B samples; latents are (B, C, ...), the exact run's (n + 1, B, C, ...) over its grid; F features a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vivace.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+Pair = Callable[["torch.Tensor", "torch.Tensor"], "tuple[torch.Tensor, torch.Tensor]"]
+"""(sample, timestep) to the network's (conditional, unconditional) outputs."""
+
+KINDS = ("guided", "guided-channel", "pair", "pair-channel")
+_RIDGE = 1e-10
+"""Of the mean diagonal of the normal equations: features are nearly parallel, and rounding must not be fitted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """What a step is a sum of: the starting noise and the guided outputs, or both branches' outputs apart.
+
+    Attributes:
+        kind: one of `KINDS`; `-channel` fits weights for each latent channel.
+    """
+
+    kind: str = "guided"
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"'{self.kind}' is no basis; choose from {', '.join(KINDS)}.")
+
+    @property
+    def channels(self) -> bool:
+        """Whether every channel has weights of its own."""
+        return self.kind.endswith("-channel")
+
+    def features(self, cond: torch.Tensor, uncond: torch.Tensor, guidance: float) -> list[torch.Tensor]:
+        """What one evaluation adds."""
+        if self.kind.startswith("pair"):
+            return [cond, uncond]
+        return [uncond + guidance * (cond - uncond)]
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A fitted solver: steps of the exact grid that are computed, and (C or 1, F_k) float64 weights of every step."""
+
+    nodes: tuple[int, ...]
+    basis: Basis
+    weights: tuple[torch.Tensor, ...]
+
+    def run(self, pair: Pair, noise: torch.Tensor, times: torch.Tensor, guidance: float) -> torch.Tensor:
+        """The final latent of a run."""
+        features, x = [noise], noise
+        for node, weights in zip(self.nodes, self.weights, strict=True):
+            features += self.basis.features(*pair(x, times[node]), guidance)
+            x = combined(weights, features)
+        return x
+
+    def to_lists(self) -> list[list[list[float]]]:
+        """The weights as plain data."""
+        return [w.tolist() for w in self.weights]
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What a fit gives: the solver, the latent it ends on, and the relative error of every step's latent."""
+
+    fitted: Fitted
+    end: torch.Tensor
+    errors: tuple[float, ...]
+
+
+def combined(weights: torch.Tensor, features: Sequence[torch.Tensor]) -> torch.Tensor:
+    """sum_f w_f features_f with weights (C or 1, F), in float32."""
+    shape = (1, -1, *[1] * (features[0].ndim - 2))
+    out = None
+    for f, value in enumerate(features):
+        term = weights[:, f].to(value.device, value.dtype).reshape(shape) * value
+        out = term if out is None else out + term
+    assert out is not None
+    return out
+
+
+def least_squares(
+    features: Sequence[torch.Tensor], goal: torch.Tensor, channels: bool, ridge: float = _RIDGE
+) -> torch.Tensor:
+    """(C or 1, F) float64 weights on the CPU: the least squares fit of `goal` by `features`, all (B, C, ...)."""
+    import torch
+
+    def rows(x: torch.Tensor) -> torch.Tensor:
+        x = x.transpose(0, 1).flatten(1).double()
+        return x if channels else x.reshape(1, -1)
+
+    table = torch.stack([rows(f) for f in features], 1)
+    normal, right = table @ table.transpose(1, 2), (table @ rows(goal)[..., None])
+    normal, right = normal.cpu(), right.cpu()
+    scale = normal.diagonal(dim1=1, dim2=2).clamp_min(1e-300).sqrt()
+    # Features of unit length, so that the ridge weighs all of them alike.
+    normal = normal / (scale[:, :, None] * scale[:, None, :])
+    normal = normal + ridge * torch.eye(normal.shape[-1], dtype=normal.dtype)
+    return torch.linalg.solve(normal, right / scale[..., None])[..., 0] / scale
+
+
+def fit_along(
+    pair: Pair,
+    states: torch.Tensor,
+    times: torch.Tensor,
+    nodes: Sequence[int],
+    guidance: float,
+    basis: Basis,
+    *,
+    cache: MutableMapping[Any, Any] | None = None,
+) -> Fit:
+    """Fit a solver that computes the steps `nodes` of the exact run's grid.
+
+    Args:
+        pair: the network on these samples.
+        states: (n + 1, B, C, ...) the exact run's latents, the noise first.
+        times: (n,) its timesteps.
+        nodes: computed steps, rising, 0 first.
+        guidance: the guidance scale.
+        basis: what the steps are sums of.
+        cache: evaluations by the steps before them: candidates that begin alike share them.
+
+    Raises:
+        ConfigError: the nodes do not rise from 0 within the grid.
+    """
+    n = len(times)
+    if not nodes or nodes[0] != 0 or any(a >= b for a, b in zip(nodes, [*nodes[1:], n], strict=True)):
+        raise ConfigError(f"computed steps must rise from 0 to below {n}.")
+    noise = states[0]
+    features, x, weights, errors = [noise], noise, [], []
+    for k, node in enumerate(nodes):
+        key = tuple(nodes[: k + 1])
+        known = None if cache is None else cache.get(key)
+        if known is None:
+            known = basis.features(*pair(x, times[node]), guidance)
+            if cache is not None:
+                cache[key] = known
+        features = features + known
+        goal = states[nodes[k + 1] if k + 1 < len(nodes) else n]
+        w = least_squares(features, goal, basis.channels)
+        x = combined(w, features)
+        weights.append(w)
+        errors.append(float((x - goal).norm() / goal.norm()))
+    return Fit(Fitted(tuple(nodes), basis, tuple(weights)), x, tuple(errors))
+
+
+def refine(
+    pair: Pair,
+    states: torch.Tensor,
+    times: torch.Tensor,
+    fitted: Fitted,
+    guidance: float,
+    *,
+    together: int = 4,
+    damping: float = 1e-2,
+) -> tuple[Fitted, float, float]:
+    """One Gauss-Newton step on the error of the final latent, over all weights at once.
+
+    The Jacobian is measured: every weight direction is moved by as much as its step was off, and the run is followed to
+    its end. Directions are those in which a step's features are uncorrelated.
+
+    Args:
+        pair: the network on these samples; it is called with `together` copies of them.
+        states, times: see `fit_along`.
+        together: directions that run side by side.
+        damping: of the mean diagonal of the normal equations (Levenberg).
+
+    Returns:
+        The better of the old solver and the moved ones (a whole step, a half, a quarter), and both errors.
+    """
+    import torch
+
+    noise, goal = states[0], states[-1]
+    norm = goal.flatten(1).norm(dim=1).reshape(-1, *[1] * (goal.ndim - 1))
+    base = _Walk(pair, times, fitted, guidance, noise)
+    turns = [base.directions(k, states) for k in range(len(fitted.nodes))]
+    residual = ((base.end - goal) / norm).flatten().double()
+    columns: list[torch.Tensor] = []
+    for k, turn in enumerate(turns):
+        for i in range(0, turn.shape[-1], together):
+            part = turn[..., i : i + together]
+            moved = base.moved(k, [part[..., j] for j in range(part.shape[-1])])
+            columns += [((end - base.end) / norm).flatten().float() for end in moved]
+    jacobian = torch.stack(columns, 1)
+    normal = (jacobian.T @ jacobian).double().cpu()
+    right = (jacobian.T @ residual.float()).double().cpu()
+    normal += damping * normal.diagonal().mean() * torch.eye(len(normal), dtype=torch.float64)
+    step = -torch.linalg.solve(normal, right)
+    before, best, best_error = float(residual.norm()), fitted, float(residual.norm())
+    for share in (1.0, 0.5, 0.25):
+        at, weights = 0, []
+        for k, turn in enumerate(turns):
+            size = turn.shape[-1]
+            weights.append(fitted.weights[k] + share * (turn @ step[at : at + size]))
+            at += size
+        trial = Fitted(fitted.nodes, fitted.basis, tuple(weights))
+        end = trial.run(pair, noise, times, guidance)
+        error = float(((end - goal) / norm).flatten().double().norm())
+        if error < best_error:
+            best, best_error = trial, error
+            break
+    return best, before, best_error
+
+
+class _Walk:
+    """A run of a fitted solver that remembers its features, so that it can be left at any step."""
+
+    def __init__(
+        self, pair: Pair, times: torch.Tensor, fitted: Fitted, guidance: float, noise: torch.Tensor
+    ) -> None:
+        self.pair, self.times, self.fitted, self.guidance = pair, times, fitted, guidance
+        features, x = [noise], noise
+        self.samples, self.known = [noise], []
+        for node, weights in zip(fitted.nodes, fitted.weights, strict=True):
+            features = features + fitted.basis.features(*pair(x, times[node]), guidance)
+            x = combined(weights, features)
+            self.known.append(features)
+            self.samples.append(x)
+        self.end = x
+
+    def directions(self, k: int, states: torch.Tensor) -> torch.Tensor:
+        """(1, F, F) moves of step k's weights: uncorrelated, each moving the sample by as much as the step is off."""
+        import torch
+
+        nodes = self.fitted.nodes
+        goal = states[nodes[k + 1] if k + 1 < len(nodes) else len(self.times)]
+        off = (self.samples[k + 1] - goal).double().norm()
+        table = torch.stack([f.flatten() for f in self.known[k]]).double()
+        values, vectors = torch.linalg.eigh((table @ table.T).cpu())
+        values = values.clamp_min(values.max() * _RIDGE)
+        return (vectors / values.sqrt() * off.cpu())[None]
+
+    def moved(self, k: int, moves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Final latents of runs whose step k has weights moved by each of `moves` (1, F)."""
+        import torch
+
+        fitted, count = self.fitted, len(moves)
+        x = torch.cat([combined(fitted.weights[k] + m, self.known[k]) for m in moves])
+        features = [torch.cat([f] * count) for f in self.known[k]]
+        for node, weights in zip(fitted.nodes[k + 1 :], fitted.weights[k + 1 :], strict=True):
+            features = features + fitted.basis.features(*self.pair(x, self.times[node]), self.guidance)
+            x = combined(weights, features)
+        return list(x.chunk(count))
