@@ -14,6 +14,7 @@ from vivace.evaluation import shards
 from vivace.evaluation.assemble import LEFT_OUT
 from vivace.evaluation.bench import Bench, Options
 from vivace.evaluation.contender import parse, plan_of
+from vivace.evaluation.peers import get, names
 from vivace.evaluation.shards import Shard
 from vivace.evaluation.store import Store
 from vivace.evaluation.task import MetricUse, Task
@@ -267,6 +268,23 @@ def test_a_contender_that_cannot_be_is_told_before_anything_runs(task, tmp_path,
     with pytest.raises((ConfigError, UnknownNameError), match=said):
         bench(task, tmp_path, [text])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_peer_takes_several_settings(name):
+    default = get(name).card.default
+    told = {k: v for k, v in default.items() if isinstance(v, (bool, int, float, str))} | {"steps": 7}
+    text = ",".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in told.items())
+    contender = parse(f"peer:{name}@{text}")
+    assert dict(contender.settings) == told
+    assert contender.call_steps(50) == 7
+
+
+def test_a_peers_settings_reach_the_bench(tmp_path):
+    spec = "peer:diffusers.taylorseer@interval=3,order=2"
+    _, peer = bench(Task.load("world-smoke@1"), tmp_path, [spec]).contenders
+    assert peer.name == "diffusers.taylorseer@interval=3,order=2"
+    assert peer.described.settings == {"interval": 3, "order": 2, "start": 8}
 
 
 def test_a_plan_may_be_varied():

@@ -14,7 +14,7 @@ import board_fixture as fixture
 import pytest
 
 from vivace.core.errors import ConfigError, OutputError
-from vivace.report import leaderboard, units
+from vivace.report import export, leaderboard, units
 from vivace.report import leaderboard_methods as join
 from vivace.report.leaderboard_values import interval, p_text, text
 from vivace.report.leaderboard_values import main as value_text
@@ -132,6 +132,40 @@ def test_headline_is_the_fastest_that_passes_and_says_so(board: dict[str, Any]) 
     for row in judged:
         row["paired"]["attributes"]["verdict"] = "undecided"
     assert join.headline(board)[0]["value"] == "none"
+
+
+def _limited(board: dict[str, Any], prompts: int) -> None:
+    """The board of a bench with a limit: the quality task's rows hold fewer prompts than the task."""
+    for row in board["rows"]:
+        if row["task"] == fixture.QUALITY and row["samples"]:
+            kept = prompts * fixture.PER_PROMPT
+            columns = {n: v[:kept] for n, v in row["samples"]["columns"].items()}
+            row["samples"] |= {n: row["samples"][n][:kept] for n in ("ids", "prompts")} | {"columns": columns}
+
+
+def test_prompts_are_those_that_were_measured(board: dict[str, Any]) -> None:
+    card = next(c for c in join.headline(board) if c["label"] == "Prompts")
+    assert card["value"] == "40"
+    assert card["note"].startswith("on world-short@1, 2 clips each")
+    assert "<dd>40, 2 clips each</dd>" in leaderboard.page(board, {})
+    _limited(board, 6)
+    card = next(c for c in join.headline(board) if c["label"] == "Prompts")
+    assert card["value"] == "6"
+    assert card["note"].startswith("of the 40 of world-short@1, 2 clips each")
+    html = leaderboard.page(board, {})
+    assert "<dd>6 of 40, 2 clips each</dd>" in html
+    assert "<dd>16, 1 clip each</dd>" in html
+    assert "; 6 of 40 prompts, 2 clips each; " in export.markdown(board)
+    assert "; 16 prompts, 1 clip each; " in export.markdown(board)
+
+
+def test_the_summary_counts_one_way_as_one(board: dict[str, Any]) -> None:
+    assert f"{fixture.RIVALS} ways to make" in leaderboard.page(board, {})
+    names = {r["contender"]["name"] for r in board["rows"] if r["contender"]["kind"] in join.PINNED}
+    board["rows"] = [r for r in board["rows"] if r["contender"]["name"] in names | {"fast"}]
+    html = leaderboard.page(board, {})
+    assert "1 way to make" in html
+    assert "1 ways" not in html
 
 
 def test_not_a_number_is_no_value(board: dict[str, Any]) -> None:

@@ -44,9 +44,12 @@ def report(
         warn(sentence)
     names = {row["contender"]["name"] for row in board["rows"]}
     places = {(row["task"], row["environment"]) for row in board["rows"]}
-    out.print(
-        f"{len(names)} contenders, {len(board['rows'])} records, {len(places)} pairs of task and machine"
+    tally = (
+        (names, "contender", ""),
+        (board["rows"], "record", ""),
+        (places, "pair", " of task and machine"),
     )
+    out.print(", ".join(f"{len(x)} {word}{'s' if len(x) != 1 else ''}{rest}" for x, word, rest in tally))
     out.print(f"\n[bold]{escape(str(files[0]))}[/]", soft_wrap=True)
     out.print(f"[quiet]beside it: {escape(', '.join(file.name for file in files[1:]))}[/]", soft_wrap=True)
     if browser:

@@ -14,7 +14,7 @@ from typing import Any
 
 from vivace.core.errors import OutputError, UnavailableError
 from vivace.report import units
-from vivace.report.leaderboard_methods import PINNED, shown_series, title_of
+from vivace.report.leaderboard_methods import PINNED, prompts_text, shown_series, title_of
 from vivace.report.leaderboard_values import main, p_text, text
 
 Board = Mapping[str, Any]
@@ -48,7 +48,7 @@ def markdown(board: Board) -> str:
             if (r["task"], r["environment"], r["model"]["name"]) == (task, environment, model)
         ]
         parts.append(f"## {task} on {labels.get(environment, environment)}")
-        parts.append(_shape(tasks.get(task, {}), model))
+        parts.append(_shape(tasks.get(task, {}), model, rows))
         parts.append(_table(board, rows))
         parts += _anchors(board, task, environment)
         parts += _skipped(rows)
@@ -231,12 +231,13 @@ def _float(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def _shape(task: Mapping[str, Any], model: str) -> str:
+def _shape(task: Mapping[str, Any], model: str, rows: list[Mapping[str, Any]]) -> str:
     if not task:
         return f"Model {model}."
+    clips = "1 clip" if task.get("per_prompt") == 1 else f"{task.get('per_prompt')} clips"
     facts = [
         f"Model {model}",
-        f"{task.get('prompts')} prompts, {task.get('per_prompt')} clips each" if task.get("prompts") else "",
+        f"{prompts_text(task, rows)} prompts, {clips} each" if task.get("prompts") else "",
         f"exact run of {task.get('steps')} steps, guidance {task.get('guidance')}"
         if task.get("steps")
         else "",

@@ -53,6 +53,13 @@ def page(board: Board, clips: Mapping[str, bytes]) -> str:
         .render(
             board=board,
             cards=join.headline(board),
+            prompts={
+                task["name"]: join.prompts_text(
+                    task, (row for row in board["rows"] if row["task"] == task["name"])
+                )
+                for task in board["tasks"]
+                if task.get("prompts")
+            },
             summary=_summary(board),
             data=_json(_client(board, places)),
             samples={name: _json(found) for name, found in samples.items() if found},
@@ -135,8 +142,9 @@ def _summary(board: Board) -> str:
     machines = [e["label"] for e in board["environments"]]
     where = " and ".join(filter(None, (", ".join(machines[:-1]), machines[-1] if machines else "")))
     tasks = f"{len(board['tasks'])} task{'s' if len(board['tasks']) != 1 else ''}"
+    ways = f"{len(names)} way{'s' if len(names) != 1 else ''}"
     return (
-        f"{len(names)} ways to make the same clips faster, against the exact run, on {tasks}"
+        f"{ways} to make the same clips faster, against the exact run, on {tasks}"
         f"{', measured on ' + where if where else ''}."
     )
 

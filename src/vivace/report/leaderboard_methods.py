@@ -197,15 +197,34 @@ def headline(board: Board) -> list[dict[str, str]]:
     cards.append({"label": "Contenders", "value": str(len(rivals)), "note": counts, "method": ""})
     task = next((t for t in board["tasks"] if t["name"] == model["quality"][0]["task"]), None)
     if task and task.get("prompts"):
+        made = measured_prompts(quality.values()) or task["prompts"]
+        where = (
+            f"on {task['name']}" if made >= task["prompts"] else f"of the {task['prompts']} of {task['name']}"
+        )
         cards.append(
             {
                 "label": "Prompts",
-                "value": units.number(task["prompts"]),
-                "note": f"{_clips(task)} each on {task['name']}; the prompt is the unit of every interval",
+                "value": units.number(made),
+                "note": f"{where}, {_clips(task)} each; the prompt is the unit of every interval",
                 "method": "",
             }
         )
     return cards
+
+
+def measured_prompts(rows: Iterable[Mapping[str, Any]]) -> int | None:
+    """Of how many prompts clips were measured: the most of any row; None where no row keeps its samples.
+
+    A bench with a limit measures fewer than its task has.
+    """
+    ids = (row["samples"]["ids"] for row in rows if row.get("samples"))
+    return max((len({i.partition(".")[0] for i in found}) for found in ids), default=0) or None
+
+
+def prompts_text(task: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> str:
+    """`16`, or `6 of 16` where the rows measured fewer prompts than their task has."""
+    made = measured_prompts(rows)
+    return f"{made} of {task['prompts']}" if made and made < task["prompts"] else str(task["prompts"])
 
 
 def _clips(task: Mapping[str, Any]) -> str:

@@ -127,7 +127,7 @@
       const sorted = [...dots].sort((a, b) => b.loss - a.loss);
       const wins = theirs && better !== "same" ? dots.filter((d) => (better === "lower" ? d.y < d.x : d.y > d.x)).length : null;
       const name = other && ownerOf(other).title;
-      about.textContent = `${dots.length} prompts, each the mean of its clips.${wins === null ? "" : ` ${ownerOf(row).title} is better than ${name} on ${wins}, equal on ${dots.filter((d) => d.x === d.y).length}.`}`;
+      about.textContent = `${dots.length} prompt${dots.length === 1 ? "" : "s"}, each the mean of its clips.${wins === null ? "" : ` ${ownerOf(row).title} is better than ${name} on ${wins}, equal on ${dots.filter((d) => d.x === d.y).length}.`}`;
       plot.replaceChildren(scatter(dots, row, name, choice.series, Math.max(280, plot.clientWidth || 460)));
       table.replaceChildren(worst(sorted.slice(0, 12), row, name, choice.series, plain));
     }

@@ -65,7 +65,7 @@
       const v = facts.quality?.quality?.[name] || anchor(facts, name);
       if (!v && facts.method.kind === "exact") return el("td", { class: "none" }, "reference");
       const cell = measured(v, "", chip(facts.quality?.paired?.[name], true));
-      const notes = [v?.left_out ? `${v.left_out} prompts left out (infinite or undefined)` : "", finite(v?.median) ? `median ${bare({ value: v.median })}` : "", finite(v?.worst) ? `worst ${bare({ value: v.worst })}` : ""].filter(Boolean);
+      const notes = [v?.left_out ? `${v.left_out} prompt${v.left_out === 1 ? "" : "s"} left out (infinite or undefined)` : "", finite(v?.median) ? `median ${bare({ value: v.median })}` : "", finite(v?.worst) ? `worst ${bare({ value: v.worst })}` : ""].filter(Boolean);
       if (v && notes.length) cell.firstChild.dataset.tip = notes.join("\n");
       if (!v && facts.quality?.skipped?.[data.series[name].metric]) cell.dataset.tip = facts.quality.skipped[data.series[name].metric];
       return cell;
