@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -89,10 +89,12 @@ class Key:
     steps: int
     guidance: float
 
-    def differences(self, other: Key) -> list[str]:
-        """Phrases such as `steps 50 and not 30`: this key's value, then the other's."""
+    def differences(self, other: Key, parts: Collection[str] = ()) -> list[str]:
+        """Phrases such as `steps 50 and not 30`: this key's value, then the other's. `parts`: names; () for all."""
         out = []
         for f in fields(self):
+            if parts and f.name not in parts:
+                continue
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
             same = abs(mine - theirs) < 1e-6 if isinstance(mine, float) else mine == theirs
             if not same:
@@ -181,6 +183,24 @@ class Curves:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Signals:
+    """What online caches look at in one clip, conditional branch: every step beside every step before it.
+
+    A pair table is [step][earlier step], a row of as many values as there are earlier steps; 0 where another expert
+    ran the earlier one.
+    """
+
+    first_block: list[list[float]]
+    """Relative L1 change of the first block's residual, mean |r_t - r_s| / mean |r_s|."""
+    inputs: list[list[float]]
+    """Mean |x_t - x_s| of the network's inputs."""
+    outputs: list[list[float]]
+    """Mean |v_t - v_s| of its outputs."""
+    sizes: list[float]
+    """Mean |v_t|, one a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Calibration:
     """One artefact. `gram` is the (2n, 2n) matrix of `vivace.calibration.gram`, mean over prompts.
 
@@ -196,6 +216,10 @@ class Calibration:
     timesteps: list[float]
     gram: list[list[float]]
     curves: dict[str, dict[str, Curves]]
+    signals: list[Signals] = field(default_factory=list)
+    """One for each clip; empty in files of earlier versions."""
+    costs: dict[str, list[float]] = field(default_factory=dict)
+    """By expert: share of the run's FLOPs that each block takes. What is missing to 1 lies outside of the blocks."""
 
     @property
     def matrix(self) -> np.ndarray:
@@ -206,12 +230,22 @@ class Calibration:
         """Whether it is valid for a run."""
         return not self.key.differences(key)
 
-    def problems(self, key: Key) -> list[str]:
-        """One sentence for a run it is not valid for; empty when it is."""
-        if not (parts := self.key.differences(key)):
+    def problems(self, key: Key, parts: Collection[str] = ()) -> list[str]:
+        """One sentence for a run it is not valid for; empty when it is. `parts`: what of the key binds; () for all."""
+        if not (found := self.key.differences(key, parts)):
             return []
-        told = "; ".join(parts)
+        told = "; ".join(found)
         return [f"the calibration was made for {told}: make one for this run with `{COMMAND}`."]
+
+    @property
+    def guided(self) -> bool:
+        """Whether both branches were evaluated."""
+        return any("uncond" in branches for branches in self.curves.values())
+
+    @property
+    def starts(self) -> list[int]:
+        """Steps at which an expert begins."""
+        return sorted(min(c["cond"].steps) for c in self.curves.values() if "cond" in c)
 
     def joined(self, branch: str, curve: str) -> list[float]:
         """A curve over all steps, from the expert that ran each.
@@ -270,14 +304,18 @@ class Calibration:
 
     @classmethod
     def _from(cls, data: dict[str, Any]) -> Self:
-        values = {f.name: data[f.name] for f in fields(cls)}
+        optional = {f.name for f in fields(cls) if f.default_factory is not MISSING}
+        values = {f.name: data[f.name] for f in fields(cls) if f.name in data or f.name not in optional}
         values["key"] = Key(**data["key"])
         values["curves"] = {
             expert: {branch: Curves(**c) for branch, c in branches.items()}
             for expert, branches in data["curves"].items()
         }
+        values["signals"] = [Signals(**clip) for clip in data.get("signals", [])]
         out = cls(**values)
         n = out.key.steps
+        if any(len(table) != n for clip in out.signals for table in vars(clip).values()):
+            raise ValueError(f"{n} steps need {n} rows in every table of signals")
         if out.matrix.shape != (2 * n, 2 * n) or len(out.sigmas) != n + 1:
             raise ValueError(f"{n} steps need {n + 1} sigmas and a {2 * n} x {2 * n} Gram matrix")
         for curves in (c for branches in out.curves.values() for c in branches.values()):

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from vivace.calibration.artifact import LEVELS, Calibration, Curves, key_of, prompts_digest
+from vivace.calibration.artifact import (
+    LEVELS,
+    Calibration,
+    Curves,
+    Signals,
+    key_of,
+    prompts_digest,
+)
 from vivace.calibration.gram import gram, mean_gram
 from vivace.core.context import COND, FUSED, UNCOND
 from vivace.core.errors import ConfigError, ModelError
@@ -23,7 +30,7 @@ from vivace.models.adapter import Block, BlockCall, Expert, ModelDescription, Ro
 from vivace.models.describe import describe_pipeline
 from vivace.plans.engine import StepListener
 from vivace.plans.plan import Plan
-from vivace.plans.session import accelerate
+from vivace.plans.session import Session, accelerate
 from vivace.techniques.base import Card, Cite, Need, Paradigm, Stage, Target, Technique, reads
 
 if TYPE_CHECKING:
@@ -32,7 +39,10 @@ if TYPE_CHECKING:
 NAME = "calibration_recorder"
 TOKENS = 4096
 """Most tokens of a block's residual that are compared."""
+PAIR_TOKENS, PAIR_VALUES = 1024, 1 << 18
+"""Most tokens of a first block's residual, and most values of a latent, that are compared between any two steps."""
 CHANGES = ("residual_ratio", "time_change", "first_block_change", "output_change")
+_PAIRS = ("first_block", "inputs", "outputs")
 _SCALARS = (*CHANGES, "residual_ratio_std")
 _DEGREE = 4
 LEAST_STEPS = 3
@@ -51,6 +61,12 @@ class Clip:
     """By expert and branch, one entry for each step that the expert ran."""
     before: dict[Lane, dict[str, Any]] = field(default_factory=dict)
     """What the last step left behind to compare with."""
+    kept: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in _PAIRS})
+    """What online caches look at, by table, of every conditional evaluation so far: (expert, thinned tensor)."""
+    signals: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in (*_PAIRS, "sizes")})
+    """The tables of `Signals`."""
+    costs: dict[str, list[float]] = field(default_factory=dict)
+    """By expert, share of the run's FLOPs that each block took."""
     sigmas: tuple[float, ...] = ()
     timesteps: tuple[float, ...] = ()
 
@@ -77,7 +93,13 @@ class Finished:
                 return
             for saved in data["clips"]:
                 rows = {(expert, branch): row for expert, branch, row in saved["rows"]}
-                clip = Clip(rows=rows, sigmas=tuple(saved["sigmas"]), timesteps=tuple(saved["timesteps"]))
+                clip = Clip(
+                    rows=rows,
+                    sigmas=tuple(saved["sigmas"]),
+                    timesteps=tuple(saved["timesteps"]),
+                    signals=saved["signals"],
+                    costs=saved["costs"],
+                )
                 self.clips.append(clip)
                 self.grams.append(np.array(saved["gram"]))
         except (ValueError, KeyError, TypeError):
@@ -88,6 +110,7 @@ class Finished:
         """One more clip; its tensors are let go."""
         clip.outputs.clear()
         clip.before.clear()
+        clip.kept.clear()
         self.grams.append(matrix)
         self.clips.append(clip)
         if self._file is None:
@@ -98,6 +121,8 @@ class Finished:
                 "rows": [[*lane, row] for lane, row in c.rows.items()],
                 "sigmas": [float(s) for s in c.sigmas],
                 "timesteps": [float(t) for t in c.timesteps],
+                "signals": c.signals,
+                "costs": c.costs,
             }
             for g, c in zip(self.grams, self.clips, strict=True)
         ]
@@ -161,6 +186,9 @@ class Recorder(Technique):
                 row = compare(now, clip.before.get(lane)) | {"step": clock.step}
                 clip.rows.setdefault(lane, []).append(row)
                 clip.before[lane] = now
+                if branch == COND:
+                    looks = {"first_block": now.get("first"), "outputs": sample[rows].detach()}
+                    note(clip, expert.name, looks | {"inputs": call.values["hidden_states"][rows].detach()})
             seen.clear()
             target.report(NAME, "evaluations_seen", len(lanes))
             return sample
@@ -173,8 +201,10 @@ class Recorder(Technique):
             hidden = call.hidden
             if block.index == 0:
                 seen["start"] = hidden
-                if call.time is not None and call.time.shape[0] == hidden.shape[0]:
-                    seen["time"] = call.time.detach().clone()
+                # As TeaCache's signal: where blocks get no time embedding, it looks at their input.
+                time = hidden if call.time is None else call.time
+                if time.shape[0] == hidden.shape[0]:
+                    seen["time"] = time.detach().clone()
             out, text = run(call)
             residual = (out - hidden).detach()
             if block.index == 0:
@@ -190,25 +220,75 @@ class Recorder(Technique):
 
 def compare(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
     """One step beside the step before: the curves' values, and `block_change` as a list."""
+    import torch
+
     blocks = len(now["blocks"])
     if before is None:
         return dict.fromkeys(_SCALARS, 0.0) | {"residual_ratio": 1.0, "block_change": [0.0] * blocks}
     norms = [x["stack"].float().norm(dim=-1) for x in (now, before)]
     ratio = norms[0] / norms[1].clamp_min(1e-12)
-    return {
-        "residual_ratio": ratio.mean().item(),
-        "residual_ratio_std": ratio.std(correction=0).item(),
-        "time_change": change(now["time"], before["time"]) if "time" in now else 0.0,
+    found = {
+        "residual_ratio": ratio.mean(),
+        "residual_ratio_std": ratio.std(correction=0),
         "first_block_change": change(now["first"], before["first"]),
         "output_change": change(now["stack"], before["stack"]),
-        "block_change": [change(a, b) for a, b in zip(now["blocks"], before["blocks"], strict=True)],
     }
+    if "time" in now:
+        found["time_change"] = change(now["time"], before["time"])
+    blockwise = [change(a, b) for a, b in zip(now["blocks"], before["blocks"], strict=True)]
+    # One wait for the device.
+    values = torch.stack([*found.values(), *blockwise]).tolist()
+    row: dict[str, Any] = {"time_change": 0.0} | dict(zip(found, values, strict=False))
+    return row | {"block_change": values[len(found) :]}
 
 
-def change(now: torch.Tensor, before: torch.Tensor) -> float:
-    """Relative L1 change, mean |now - before| / mean |before|."""
+def change(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """Relative L1 change, mean |now - before| / mean |before|, a float32 scalar on the device."""
     now, before = now.float(), before.float()
-    return ((now - before).abs().mean() / before.abs().mean().clamp_min(1e-12)).item()
+    return (now - before).abs().mean() / before.abs().mean().clamp_min(1e-12)
+
+
+def note(clip: Clip, expert: str, looks: dict[str, torch.Tensor]) -> None:
+    """One more row of the clip's signals: this evaluation beside all earlier ones of the same expert."""
+    import torch
+
+    values, lengths = [], []
+    for name, tensor in looks.items():
+        # An odd stride, so that not always the same channels or columns are taken.
+        if name == "first_block":
+            stride = max(1, -(-tensor.shape[1] // PAIR_TOKENS)) | 1
+            thin = tensor[:, ::stride] if tensor.shape[1] > PAIR_TOKENS else tensor
+        else:
+            flat = tensor.reshape(-1)
+            thin = flat[:: -(-flat.numel() // PAIR_VALUES) | 1] if flat.numel() > PAIR_VALUES else flat
+        thin = thin.clone()
+        earlier, zero = clip.kept[name], torch.zeros((), device=thin.device)
+        for other, before in earlier:
+            moved = (thin - before).abs().mean(dtype=torch.float32) if other == expert else zero
+            if name == "first_block" and other == expert:
+                moved = moved / before.abs().mean(dtype=torch.float32).clamp_min(1e-12)
+            values.append(moved)
+        lengths.append(len(earlier))
+        earlier.append((expert, thin))
+    values.append(looks["outputs"].abs().mean(dtype=torch.float32))
+    told = torch.stack(values).tolist()
+    for name, length in zip(looks, lengths, strict=True):
+        clip.signals[name].append(told[:length])
+        told = told[length:]
+    clip.signals["sizes"].append(told[0])
+
+
+def _costs(session: Session) -> dict[str, list[float]]:
+    """By expert, the share of the last run's FLOPs that each block took; empty where nothing was counted."""
+    blocks = {e.name: [b.site for b in e.blocks] for e in session.engine.experts}
+    total = session.meter.dense(blocks).flops_dense
+    outside = session.meter.dense({}).flops_dense
+    if not total:
+        return {}
+    return {
+        expert: [(session.meter.dense({expert: [site]}).flops_dense - outside) / total for site in sites]
+        for expert, sites in blocks.items()
+    }
 
 
 def calibrate(
@@ -269,6 +349,7 @@ def calibrate(
                 on_prompt(i, prompt)
             clip = recorder.sink.clip = Clip()
             session(prompt, seed=seed + i, **call)
+            clip.costs = _costs(session)
             log.add(_gram(clip, workload.steps), clip)
     import vivace
 
@@ -282,7 +363,18 @@ def calibrate(
         timesteps=[float(t) for t in clips[0].timesteps],
         gram=mean_gram(grams).tolist(),
         curves=_curves(clips),
+        signals=[_signals(clip) for clip in clips],
+        costs=clips[0].costs,
     )
+
+
+def _signals(clip: Clip) -> Signals:
+    """The clip's tables with six digits: they are compared with thresholds."""
+
+    def short(values: list[Any]) -> list[Any]:
+        return [short(v) if isinstance(v, list) else float(f"{v:.6g}") for v in values]
+
+    return Signals(**{name: short(table) for name, table in clip.signals.items()})
 
 
 def _gram(clip: Clip, steps: int) -> np.ndarray:
