@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vivace.calibration.artifact import Calibration, Curves, Key
+from vivace.calibration.artifact import Calibration, Curves, Key, model_hash
 from vivace.core.errors import ConfigError, PlanError
 from vivace.models.describe import describe_pipeline
 from vivace.plans.plan import Plan
@@ -97,10 +97,11 @@ def test_a_calibration_gives_the_curve(tmp_path):
         first_block_change=zeros,
         output_change=zeros,
     )
-    family = describe_pipeline(pipeline("wan2.1")).family
+    pipe = pipeline("wan2.1")
+    family = describe_pipeline(pipe).family
     shape = {"frames": 9, "height": 32, "width": 32, "steps": steps, "guidance": 5.0}
     artefact = Calibration(
-        key=Key(model_hash="ab", family=family, scheduler="s", solver="s", **shape),
+        key=Key(model_hash=model_hash(pipe), family=family, scheduler="s", solver="s", **shape),
         prompts=1,
         prompts_sha256="00",
         seed=0,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vivace.calibration.artifact import Calibration, Curves, Key
+from vivace.calibration.artifact import Calibration, Curves, Key, model_hash
 from vivace.core.errors import ConfigError, PlanError
 from vivace.models.describe import describe_pipeline
 from vivace.plans.plan import Plan
@@ -130,7 +130,7 @@ def test_wrong_settings_are_refused(tmp_path):
         accelerate(pipeline("wan2.1"), Plan([TeaCache(calibration=str(tmp_path / "none.json"))]))
 
 
-def artefact(family, polynomial, steps=8):
+def artefact(family, polynomial, steps=8, **other):
     curve = [0.0] * steps
     curves = Curves(
         steps=list(range(steps)),
@@ -142,7 +142,8 @@ def artefact(family, polynomial, steps=8):
         tea_polynomial=polynomial,
     )
     shape = {"frames": 9, "height": 32, "width": 32, "steps": steps, "guidance": 5.0}
-    key = Key(model_hash="ab", family=family, scheduler="s", solver="s", **shape)
+    own = {"model_hash": model_hash(pipeline("wan2.1")), "scheduler": "s", "solver": "s"}
+    key = Key(family=family, **(shape | own | other))
     return Calibration(
         key=key,
         prompts=1,
@@ -166,6 +167,31 @@ def test_a_calibrated_polynomial_is_used_and_a_foreign_one_refused(tmp_path):
     path = artefact("another", [1.0, 0.0]).save(tmp_path / "b.json")
     with pytest.raises(PlanError, match="was made for the family another"):
         accelerate(pipeline("wan2.1"), Plan([TeaCache(calibration=str(path))]))
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"model_hash": "ab"}, "model hash ab and not"),
+        ({"height": 64}, "height 64 and not 32"),
+        ({"width": 16}, "width 16 and not 32"),
+        ({"frames": 13}, "frames 13 and not 9"),
+        ({"guidance": 3.0}, "guidance 3.0 and not 5.0"),
+    ],
+)
+def test_a_calibration_for_another_run_is_refused(tmp_path, other, told):
+    pipe = pipeline("wan2.1")
+    path = artefact(describe_pipeline(pipe).family, [0.5, 0.01], **other).save(tmp_path / "a.json")
+    with pytest.raises(PlanError, match=f"the calibration was made for {told}"):
+        generate(pipe, TeaCache(threshold=0.3, warmup=1, calibration=str(path)))
+    generate(pipe, TeaCache(threshold=0.3, warmup=1))
+
+
+def test_other_steps_and_solvers_are_no_reason_to_refuse(tmp_path):
+    pipe = pipeline("wan2.1")
+    path = artefact(describe_pipeline(pipe).family, [0.5, 0.01], steps=12).save(tmp_path / "a.json")
+    _, receipt = generate(pipe, TeaCache(threshold=0.3, warmup=1, calibration=str(path)))
+    assert receipt.cache_hits
 
 
 def test_published_polynomials_give_the_change_the_authors_plot():

@@ -64,7 +64,11 @@ class MagCache(CacheTechnique):
     ratios: tuple[float, ...] = ()
     """The curve, one value for each step of the run it was measured in; other numbers of steps take the nearest."""
     calibration: str = ""
-    """Path of a calibration artefact that holds the curve."""
+    """Path of a calibration artefact that holds the curve.
+
+    It must be of the same weights, shape and guidance; steps, scheduler and solver may differ: other numbers of steps
+    take the nearest value.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,6 +91,11 @@ class MagCache(CacheTechnique):
             )
             found.append(self.problem("calibration", message))
         return found
+
+    def apply(self, target: Target) -> None:
+        super().apply(target)
+        if self.calibration:
+            calibrated.bind(self, self.calibration, target)
 
     def head_steps(self, steps: int) -> int:
         return max(self.warmup, int(self.retention * steps))

@@ -87,7 +87,10 @@ class TeaCache(CacheTechnique):
     fit: str = "none"
     """A polynomial of the authors, by the model's name (`teacache_coefficients.yaml`), or `none`."""
     calibration: str = ""
-    """Path of a calibration artefact that holds a polynomial for every expert."""
+    """Path of a calibration artefact that holds a polynomial for every expert.
+
+    It must be of the same weights, shape and guidance; steps, scheduler and solver may differ.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,6 +109,11 @@ class TeaCache(CacheTechnique):
         if self.calibration and (wrong := calibrated.complaint(self.calibration, model)):
             found.append(self.problem("calibration", wrong))
         return found
+
+    def apply(self, target: Target) -> None:
+        super().apply(target)
+        if self.calibration:
+            calibrated.bind(self, self.calibration, target)
 
     def signal(self) -> TimeEmbedding:
         return TimeEmbedding()
