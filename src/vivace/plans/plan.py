@@ -189,6 +189,8 @@ class Plan:
                 else f"{model.name} does not offer that"
             )
             out.append(technique.problem("need", f"needs {wants}, and {why}."))
+        if why := technique.missing(model):
+            out.append(technique.problem("need", why))
         missing_packages = (p for p in technique.card.packages if importlib.util.find_spec(p) is None)
         out += [
             technique.problem("package", f"needs the package {p}: pip install {p}") for p in missing_packages

@@ -93,6 +93,7 @@ class Session:
         self._fresh = False
         self._kernels: dict[tuple[str, str], KernelRecord] = {}
         self._total: float | None = None
+        self._model_hash = ""
         self._closed = False
         self._counters = counters
         try:
@@ -112,6 +113,10 @@ class Session:
             )
         adapter = for_module(next(iter(modules.values())))
         plan = self.plan.ordered()
+        if any(t.card.calibration != "none" for t in plan):
+            from vivace.calibration.artifact import model_hash
+
+            self._model_hash = model_hash(self.pipeline)
         early = [t for t in plan if t.card.stage.number < Stage.COMPILE.number]
         for technique in early:
             self._apply(technique, self._target(adapter, modules))
@@ -158,6 +163,7 @@ class Session:
             self.store,
             self._report,
             self._chose,
+            self._model_hash,
         )
 
     def _apply(self, technique: Technique, target: Target) -> None:

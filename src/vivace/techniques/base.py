@@ -269,6 +269,8 @@ class Target:
     """report(technique, effect, amount) adds to the receipt, e.g. ("first_block_cache", "hits", 1)."""
     chosen: Callable[[Choice], None]
     """Tell the receipt which kernel was chosen and why."""
+    model_hash: str = ""
+    """Of the weights before any technique touched them; asked for only where a calibrated technique is in the plan."""
 
     @property
     def scheduler(self) -> Any:
@@ -354,6 +356,13 @@ class Technique(Config):
     def claims(self, model: ModelDescription) -> tuple[Claim, ...]:
         """Claims of this configuration; narrower than the card's when the knobs limit the sites."""
         return self.card.claims
+
+    def missing(self, model: ModelDescription) -> str:
+        """What the technique lacks to serve a model at all, as a sentence, beside `Card.needs`; empty for nothing.
+
+        A plan may leave a technique out on such a model (`optional: true`).
+        """
+        return ""
 
     def check(self, model: ModelDescription) -> list[Problem]:
         """Every problem of this configuration on a model (needs and packages are checked by the plan)."""

@@ -1,0 +1,131 @@
+"""The fitted solver as a file: which steps of the exact run's grid are computed, the weights, and what it is valid for.
+
+A solver says something about one set of weights and one trajectory; another shape or guidance scale bends the
+trajectory a little, so those two are told and not refused (see `FittedSolver`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from vivace.calibration.artifact import Key
+from vivace.core.errors import ConfigError
+
+FORMAT = "vivace-solver"
+VERSION = 1
+COMMAND = "vivace calibrate --solver STEPS"
+BINDING = ("model_hash", "family")
+"""Parts of the key without which a solver is refused; the noise levels are compared themselves."""
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverFile:
+    """One fitted solver (`vivace.calibration.fitting`).
+
+    Attributes:
+        key: of the exact run it was fitted to; `key.steps` is its grid.
+        nodes: computed steps of the grid, rising, 0 first.
+        sigmas: (grid + 1,) noise levels of the exact run.
+        weights: for each computed step, of the starting noise and of every output so far: k + 2 numbers.
+        prompts, prompts_sha256, seed: what it was fitted on.
+        error: relative error of the final latent on those prompts, geometric mean.
+        vivace: version that made it.
+    """
+
+    key: Key
+    nodes: tuple[int, ...]
+    sigmas: tuple[float, ...]
+    weights: tuple[tuple[float, ...], ...]
+    prompts: int
+    prompts_sha256: str
+    seed: int
+    error: float
+    vivace: str
+
+    def __post_init__(self) -> None:
+        n, k = self.key.steps, len(self.nodes)
+        if len(self.sigmas) != n + 1:
+            raise ValueError(f"a grid of {n} steps has {n + 1} noise levels, not {len(self.sigmas)}")
+        if not k or self.nodes[0] != 0 or any(
+            a >= b for a, b in zip(self.nodes, (*self.nodes[1:], n), strict=True)
+        ):
+            raise ValueError(f"computed steps must rise from 0 to below {n}")
+        if [len(w) for w in self.weights] != [i + 2 for i in range(k)]:
+            raise ValueError(f"{k} computed steps need {k} rows of 2, 3 ... {k + 1} weights")
+
+    @property
+    def steps(self) -> int:
+        """Network evaluations of each branch."""
+        return len(self.nodes)
+
+    def increments(self) -> list[list[float]]:
+        """Weights of what a step adds to its sample: each row less the row before (the noise's begins at 1)."""
+        out, before = [], [1.0]
+        for row in self.weights:
+            out.append([w - b for w, b in zip(row, [*before, 0.0], strict=True)])
+            before = list(row)
+        return out
+
+    def fits(self, sigmas: list[float]) -> bool:
+        """Whether a scheduler's noise levels are those of the grid."""
+        return len(sigmas) == len(self.sigmas) and all(
+            abs(a - b) <= _TOLERANCE for a, b in zip(sigmas, self.sigmas, strict=True)
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the file; folders are made."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        data["weights"] = [[float(f"{w:.7g}") for w in row] for row in self.weights]
+        data["sigmas"] = [float(f"{s:.7g}") for s in self.sigmas]
+        path.write_text(json.dumps(data, allow_nan=False) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a file.
+
+        Raises:
+            ConfigError: there is no such file, or it is no solver of this version; the sentence says what to do.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise ConfigError(f"there is no solver file {path}; make it with `{COMMAND} -o {path}`.") from None
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} cannot be read as a solver ({error}).") from None
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> Self:
+        """A solver from a file's text.
+
+        Raises:
+            ConfigError: see `load`.
+        """
+        try:
+            data: Any = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"{where} cannot be read as a solver ({error}).") from None
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ConfigError(f"{where} is no fitted solver; make one with `{COMMAND}`.")
+        if data.get("version") != VERSION:
+            raise ConfigError(
+                f"{where} has format {data.get('version')} and this Vivace reads {VERSION}; "
+                f"make it again with `{COMMAND}`."
+            )
+        try:
+            values = {k: v for k, v in data.items() if k not in ("format", "version")}
+            values["key"] = Key(**values["key"])
+            values["nodes"] = tuple(int(v) for v in values["nodes"])
+            values["sigmas"] = tuple(float(v) for v in values["sigmas"])
+            values["weights"] = tuple(tuple(float(w) for w in row) for row in values["weights"])
+            return cls(**values)
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise ConfigError(f"{where} is damaged ({error}); make it again with `{COMMAND}`.") from None

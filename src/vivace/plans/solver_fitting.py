@@ -1,0 +1,406 @@
+"""Fitting a solver to a live pipeline: its exact run is recorded, then the network is asked at other samples.
+
+The exact run goes through the pipeline itself. A recorder keeps its latents and the arguments of the first transformer
+call of every branch and expert; with another sample and timestep in their places these are asked again for the fit,
+without the pipeline. That this is the same network is checked: the recorded outputs must come out again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from vivace.calibration.artifact import Key, key_of, prompts_digest
+from vivace.calibration.fitting import Basis, Fitted, fit_along, refine
+from vivace.calibration.solver import SolverFile
+from vivace.core.context import COND, FUSED, UNCOND
+from vivace.core.errors import ConfigError, ModelError
+from vivace.models.adapter import Expert, ModelDescription, Need, RootCall
+from vivace.models.describe import describe_pipeline
+from vivace.plans.engine import StepListener
+from vivace.plans.plan import Plan
+from vivace.plans.session import accelerate
+from vivace.techniques.base import Card, Cite, Paradigm, Stage, Target, Technique, reads
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "solver_recorder"
+SHAPE = 1.7
+"""Computed steps lie at (n - 1) u^SHAPE for even u: what the search found on the embedded model, in one number."""
+_AGREES = 0.02
+"""Relative error up to which an output asked for again is the recorded one (bf16, other batch sizes)."""
+
+
+@dataclass
+class Tape:
+    """What was seen of one call of the pipeline."""
+
+    samples: list[Any] = field(default_factory=list)
+    """(B, C, ...) float32 latents, the noise first."""
+    calls: dict[tuple[str, str], RootCall] = field(default_factory=dict)
+    """By expert and branch, the first call of the transformer."""
+    first: dict[tuple[str, str], Any] = field(default_factory=dict)
+    """What came out of it."""
+    experts: list[str] = field(default_factory=list)
+    """Which expert ran each step."""
+    guidance: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverRecorder(Technique):
+    """Changes nothing; writes on a tape."""
+
+    card: ClassVar[Card] = Card(
+        name=NAME,
+        paradigm=Paradigm.TRAJECTORY,
+        summary="Records the exact run.",
+        objective="none",
+        stage=Stage.TRAJECTORY,
+        claims=(reads("sampler.schedule"),),
+        needs=(Need.FLOW_SCHEDULER,),
+        cite=Cite(title="Vivace", differs="own work"),
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tape", Tape())
+
+    def apply(self, target: Target) -> None:
+        tape: Tape = self.tape  # type: ignore[attr-defined]
+        target.edit.wrap(target.scheduler, lambda old: _recording(tape, old), "step")
+        for expert in target.experts:
+            target.around_expert(expert, _keeper(tape, expert, target))
+
+
+def _recording(tape: Tape, old: Callable[..., Any]) -> Callable[..., Any]:
+    def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        if not tape.samples:
+            tape.samples.append(sample.detach().float())
+        out = old(model_output, timestep, sample, *args, **kwargs)
+        new = out[0] if isinstance(out, tuple) else out.prev_sample
+        tape.samples.append(new.detach().float())
+        return out
+
+    return step
+
+
+def _keeper(tape: Tape, expert: Expert, target: Target) -> Callable[..., Any]:
+    def handler(call: RootCall, run: Callable[[RootCall], Any]) -> Any:
+        sample = run(call)
+        clock = target.clock
+        if len(tape.experts) <= clock.step:
+            tape.experts.append(expert.name)
+        key = expert.name, clock.branch
+        if key not in tape.calls:
+            values = {k: v.detach().clone() if hasattr(v, "detach") else v for k, v in call.values.items()}
+            tape.calls[key], tape.first[key] = RootCall(values, call.rows), sample.detach().float()
+        return sample
+
+    return handler
+
+
+class Network:
+    """The transformer of a pipeline on recorded prompts: a sample and a step of the grid to both branches' outputs.
+
+    Args:
+        pipeline: the live pipeline, outside of a session.
+        tapes: of its calls, one behind the other along the batch.
+        timesteps: (n,) of the exact run.
+    """
+
+    def __init__(self, pipeline: Any, tapes: Sequence[Tape], timesteps: torch.Tensor) -> None:
+        self._pipeline, self._tapes, self._timesteps = pipeline, tapes, timesteps
+        self.samples = sum(len(t.samples[0]) for t in tapes)
+        self.evaluations = 0
+
+    def part(self, tapes: int) -> Network:
+        """The same network on the first so many tapes."""
+        return Network(self._pipeline, self._tapes[:tapes], self._timesteps)
+
+    def pair(self, x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cond, uncond) outputs float32 at samples (m * B, C, ...), several runs of the prompts one behind the other.
+
+        Without guidance both are the same tensor.
+        """
+        import torch
+
+        step = int((self._timesteps == t).nonzero()[0])
+        cond, uncond, at = [], [], 0
+        with torch.no_grad():
+            while at < len(x):
+                for tape in self._tapes:
+                    size = len(tape.samples[0])
+                    c, u = self._ask(tape, x[at : at + size], step)
+                    cond.append(c)
+                    uncond.append(u)
+                    at += size
+        return torch.cat(cond), torch.cat(uncond)
+
+    def _ask(self, tape: Tape, x: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        expert = tape.experts[step]
+        module = getattr(self._pipeline, expert)
+        t = self._timesteps[step]
+        self.evaluations += 1
+        if (expert, FUSED) in tape.calls:
+            u, c = _call(module, tape.calls[expert, FUSED], torch.cat([x, x]), t).chunk(2)
+            return c, u
+        c = _call(module, tape.calls[expert, COND], x, t)
+        if (expert, UNCOND) not in tape.calls:
+            return c, c
+        return c, _call(module, tape.calls[expert, UNCOND], x, t)
+
+    def check(self) -> None:
+        """Ask once again for what was recorded.
+
+        Raises:
+            ModelError: something else comes out: the pipeline does more than hand its sample to the network.
+        """
+        for tape in self._tapes[:1]:
+            for (expert, branch), known in tape.first.items():
+                step = tape.experts.index(expert)
+                x, call = tape.samples[step], tape.calls[expert, branch]
+                rows = x if branch != FUSED else _twice(x)
+                made = _call(getattr(self._pipeline, expert), call, rows, self._timesteps[step])
+                off = float((made - known).norm() / known.norm())
+                if not off <= _AGREES:
+                    raise ModelError(
+                        f"{type(self._pipeline).__name__} hands its transformer more than the sample of a step "
+                        f"(outputs differ by {off:.1%}), so no solver can be fitted to it; use optimal_schedule."
+                    )
+
+
+def _twice(x: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return torch.cat([x, x])
+
+
+def _call(module: Any, call: RootCall, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    before = call.values["hidden_states"]
+    if before.shape != x.shape:
+        raise ModelError(
+            f"the transformer gets {tuple(before.shape)} for a sample of {tuple(x.shape)}: no solver can be fitted."
+        )
+    values = dict(call.values, hidden_states=x.to(before.dtype), return_dict=False)
+    old = values["timestep"]
+    values["timestep"] = torch.full_like(old, 1) * t.to(old.device, old.dtype)
+    with torch.no_grad():
+        return module(**values)[0].float()
+
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """The exact runs of some prompts: everything a fit needs."""
+
+    network: Network
+    states: torch.Tensor
+    """(n + 1, B, C, ...) float32, the noise first."""
+    timesteps: torch.Tensor
+    sigmas: tuple[float, ...]
+    guidance: float
+    key: Key
+    prompts_sha256: str
+    seed: int
+
+    def part(self, calls: int) -> Exact:
+        """The first so many of the pipeline's calls."""
+        network = self.network.part(calls)
+        return replace(self, network=network, states=self.states[:, : network.samples])
+
+
+def record(
+    pipeline: Any,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    seeds: Sequence[int] | None = None,
+    batch: int = 1,
+    model: ModelDescription | None = None,
+    on_step: StepListener | None = None,
+    on_prompt: Callable[[int], None] | None = None,
+    **call: Any,
+) -> Exact:
+    """Run the exact pipeline on prompts and keep what a fit needs.
+
+    Args:
+        pipeline: a diffusers video pipeline with a flow-matching scheduler.
+        prompts: one clip each.
+        seed: of the first clip, the next gets seed + 1; or `seeds`, one for each.
+        batch: prompts in one call.
+        on_step, on_prompt: progress.
+        call: the pipeline's arguments; what is left out is the model's default.
+
+    Raises:
+        ConfigError: no prompts.
+        PlanError: the scheduler is of another kind.
+        ModelError: the network cannot be asked apart from the pipeline.
+    """
+    import torch
+
+    if not prompts:
+        raise ConfigError("fitting a solver needs at least one prompt.")
+    model = model or describe_pipeline(pipeline)
+    scale = model.adapter.guidance_argument if model.adapter else "guidance_scale"
+    workload = model.workload(
+        frames=call.get("num_frames"),
+        height=call.get("height"),
+        width=call.get("width"),
+        steps=call.get("num_inference_steps"),
+        guidance=call.get(scale),
+    )
+    call = {"num_inference_steps": workload.steps, "output_type": "latent"} | call
+    key = key_of(model, pipeline, workload)
+    given = list(seeds) if seeds is not None else [seed + i for i in range(len(prompts))]
+    tapes: list[Tape] = []
+    for i in range(0, len(prompts), batch):
+        recorder = SolverRecorder()
+        if on_prompt is not None:
+            on_prompt(i)
+        with accelerate(pipeline, Plan([recorder]), model=model, on_step=on_step) as session:
+            session(list(prompts[i : i + batch]), seed=given[i : i + batch], **call)
+        tapes.append(recorder.tape)  # type: ignore[attr-defined]
+    timesteps = torch.as_tensor(pipeline.scheduler.timesteps).clone()
+    n = len(timesteps)
+    if len(tapes[0].samples) != n + 1:
+        raise ModelError(
+            f"{type(pipeline.scheduler).__name__} took {len(tapes[0].samples) - 1} steps over {n} timesteps; "
+            "a solver is fitted to one evaluation a step."
+        )
+    network = Network(pipeline, tapes, timesteps)
+    network.check()
+    return Exact(
+        network=network,
+        states=torch.cat([torch.stack(t.samples) for t in tapes], 1),
+        timesteps=timesteps,
+        sigmas=tuple(float(s) for s in pipeline.scheduler.sigmas),
+        guidance=workload.guidance,
+        key=key,
+        prompts_sha256=prompts_digest(list(prompts)),
+        seed=seed,
+    )
+
+
+def place(steps: int, grid: int, power: float = SHAPE) -> tuple[int, ...]:
+    """Computed steps of a grid, ever sparser.
+
+    Raises:
+        ConfigError: more steps than the grid has, or fewer than one.
+    """
+    if not 1 <= steps <= grid:
+        raise ConfigError(f"a solver of {steps} steps does not fit a run of {grid}; give from 1 to {grid}.")
+    last = grid - max(1, round(0.06 * grid)) if steps < 0.7 * grid else grid - 1
+    out: list[int] = []
+    for k in range(steps):
+        at = round(last * (k / max(1, steps - 1)) ** power)
+        out.append(max(at, out[-1] + 1 if out else 0))
+    for k in range(steps - 1, 0, -1):
+        out[k] = min(out[k], grid - steps + k)
+    return tuple(out)
+
+
+def fit(
+    exact: Exact,
+    steps: int,
+    *,
+    nodes: Sequence[int] | None = None,
+    seconds: float = 0.0,
+    rounds: int = 0,
+    together: int = 1,
+    watch: Callable[[str], None] = lambda text: None,
+) -> tuple[SolverFile, torch.Tensor]:
+    """Fit a solver of `steps` evaluations to recorded runs.
+
+    Args:
+        nodes: computed steps; `place` puts them when left out.
+        seconds: how long a local search may move them.
+        rounds: Gauss-Newton steps on the error of the final latent; each takes about steps^2 / 4 runs.
+        together: weight directions of a Gauss-Newton step that run side by side.
+        watch: told in words what is going on.
+
+    Returns:
+        The solver, and the final latents (B, C, ...) that it reaches on the recorded prompts.
+    """
+    import vivace
+
+    n, pair, basis = len(exact.timesteps), exact.network.pair, Basis("guided")
+    chosen = tuple(nodes) if nodes is not None else place(steps, n)
+    if seconds > 0:
+        chosen = search(exact, chosen, seconds, watch)
+    made = fit_along(pair, exact.states, exact.timesteps, chosen, exact.guidance, basis)
+    fitted, end = made.fitted, made.end
+    watch(f"fitted: error {error_of(exact, end):.4f}")
+    for i in range(rounds):
+        fitted, before, after = refine(
+            pair, exact.states, exact.timesteps, fitted, exact.guidance, together=together
+        )
+        watch(f"round {i + 1}: error {before:.4f} -> {after:.4f}")
+        if after >= before * (1 - 1e-3):
+            break
+    if rounds:
+        end = fitted.run(pair, exact.states[0], exact.timesteps, exact.guidance)
+    file = SolverFile(
+        key=exact.key,
+        nodes=fitted.nodes,
+        sigmas=exact.sigmas,
+        weights=rows(fitted),
+        prompts=exact.states.shape[1],
+        prompts_sha256=exact.prompts_sha256,
+        seed=exact.seed,
+        error=error_of(exact, end),
+        vivace=vivace.__version__,
+    )
+    return file, end
+
+
+def rows(fitted: Fitted) -> tuple[tuple[float, ...], ...]:
+    """The weights of a solver whose channels share them."""
+    return tuple(tuple(w[0].tolist()) for w in fitted.weights)
+
+
+def error_of(exact: Exact, end: torch.Tensor) -> float:
+    """Relative error of final latents (B, C, ...), geometric mean over the samples."""
+    goal = exact.states[-1]
+    off = (end - goal).flatten(1).norm(dim=1) / goal.flatten(1).norm(dim=1)
+    return float(off.clamp_min(1e-12).log().mean().exp())
+
+
+def search(
+    exact: Exact, nodes: tuple[int, ...], seconds: float, watch: Callable[[str], None] = lambda text: None
+) -> tuple[int, ...]:
+    """Move one computed step at a time, as long as the error of the final latent falls and time is left.
+
+    Every candidate is fitted and run in closed loop. The last steps move first: candidates share the run up to the
+    first step in which they differ.
+    """
+    n, basis = len(exact.timesteps), Basis("guided")
+    cache: dict[Any, Any] = {}
+    end = time.perf_counter() + seconds
+
+    def loss(candidate: tuple[int, ...]) -> float:
+        run = fit_along(
+            exact.network.pair, exact.states, exact.timesteps, candidate, exact.guidance, basis, cache=cache
+        )
+        return error_of(exact, run.end)
+
+    best, tried, improved = loss(nodes), 1, True
+    while improved and time.perf_counter() < end:
+        improved = False
+        for i in range(len(nodes) - 1, 0, -1):
+            for distance in (1, -1, 2, -2, 3, -3):
+                at = nodes[i] + distance
+                if not nodes[i - 1] < at < (nodes[i + 1] if i + 1 < len(nodes) else n):
+                    continue
+                if time.perf_counter() > end:
+                    break
+                move = (*nodes[:i], at, *nodes[i + 1 :])
+                found, tried = loss(move), tried + 1
+                if found < best * (1 - 1e-4):
+                    nodes, best, improved = move, found, True
+        watch(f"{tried} placements: error {best:.4f}")
+    return nodes

@@ -1,0 +1,259 @@
+"""Fitted solver: few evaluations at chosen noise levels, summed with weights fitted to the model's own trajectories."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from vivace.calibration.artifact import key_of
+from vivace.calibration.solver import BINDING, COMMAND, SolverFile
+from vivace.core.errors import ConfigError
+from vivace.core.shapes import Workload
+from vivace.models.adapter import ModelDescription, Need
+from vivace.techniques.base import (
+    Card,
+    Cite,
+    Estimate,
+    Paradigm,
+    Stage,
+    Target,
+    Technique,
+    exclusive,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "fitted_solver"
+_FOLDER = "solvers"
+
+
+@dataclass(slots=True, eq=False)
+class Memory:
+    """What a generation leaves behind: the starting noise and the guided outputs so far, float32 (B, C, ...)."""
+
+    features: list[torch.Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedSolver(Technique):
+    """Replace the solver by one that was fitted to land on this model's exact trajectory.
+
+    The network is evaluated at a few steps of the exact run's grid. After each, the next sample is a weighted sum of
+    the starting noise and all outputs so far. The weights come from a file that `vivace calibrate --solver` makes from
+    a few prompts; for the embedded model such files come with Vivace (`steps`).
+
+    It stands in for the exact run's own number of steps: a caller who gives another `num_inference_steps` (neither the
+    grid's nor the solver's) or noise levels of his own gets the pipeline's scheduler, and the receipt says `left_alone`.
+    Guidance enters through the guided output, fused or not. At another guidance scale than the fitted one, which the
+    receipt counts as `off_guidance`, and at another shape, it runs, less exactly.
+    """
+
+    card: ClassVar[Card] = Card(
+        name=NAME,
+        paradigm=Paradigm.TRAJECTORY,
+        summary="Makes the exact run's video in few evaluations, by a solver fitted to the model.",
+        objective="least distance to the exact run's result for a number of network evaluations",
+        stage=Stage.TRAJECTORY,
+        claims=(exclusive("sampler.schedule"), exclusive("sampler.solver")),
+        needs=(Need.FLOW_SCHEDULER,),
+        calibration="required",
+        cite=Cite(
+            title="Bespoke Non-Stationary Solvers for Fast Sampling of Diffusion and Flow Models; "
+            "S4S: Solving for a Fast Diffusion Model Solver",
+            arxiv="2403.01329, 2502.17423",
+            differs="weights are not trained: each step takes the least squares fit to the exact latent, in closed "
+            "loop, and then one Gauss-Newton step acts on all of them together; the steps' places come from a local "
+            "search on the exact run's grid",
+        ),
+    )
+
+    steps: int | None = None
+    """Evaluations of a solver that comes with Vivace for this model; leave it out with a file."""
+    file: str = ""
+    """A solver file of your own."""
+
+    @classmethod
+    def examples(cls, workdir: Path, pipeline: Any) -> tuple[Self, ...]:
+        file = euler(pipeline, grid=8, nodes=(0, 1, 3, 6))
+        return (cls(file=str(file.save(workdir / "solver.json"))),)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.steps is None) == (not self.file):
+            raise ConfigError(f"{NAME}: give either steps (of a solver that comes with Vivace) or a file.")
+        if self.steps is not None and (isinstance(self.steps, bool) or self.steps != int(self.steps)):
+            raise ConfigError(f"{NAME}: steps must be a whole number, not {self.steps!r}.")
+
+    def solver(self, model: ModelDescription) -> SolverFile:
+        """The solver for a model.
+
+        Raises:
+            ConfigError: there is none; the sentence says what to do.
+        """
+        if self.file:
+            return SolverFile.load(self.file)
+        found = shipped(model.name)
+        if self.steps not in found:
+            has = f"for {model.name} there are {', '.join(map(str, found))}" if found else "none comes with Vivace"
+            raise ConfigError(
+                f"no solver of {self.steps} steps is fitted for {model.name} ({has}); make one with `{COMMAND}`."
+            )
+        return found[self.steps]
+
+    def missing(self, model: ModelDescription) -> str:
+        """Why it cannot serve a model, as far as that is known without its weights."""
+        try:
+            found = self.solver(model)
+        except ConfigError as error:
+            return str(error)
+        if found.key.family != model.family:
+            return f"was fitted for the family {found.key.family}, and {model.name} is of {model.family}."
+        return ""
+
+    def apply(self, target: Target) -> None:
+        found = self.solver(target.model)
+        if target.model_hash and found.key.model_hash != target.model_hash:
+            raise ConfigError(
+                f"{NAME}: the solver was fitted for other weights of {target.model.name}; make one for these "
+                f"with `{COMMAND}`."
+            )
+        run = _Run(found, target)
+        target.edit.wrap(target.scheduler, run.set_timesteps, "set_timesteps")
+        target.edit.wrap(target.scheduler, run.step, "step")
+
+    def estimate(self, model: ModelDescription, workload: Workload, base: Estimate) -> Estimate:
+        """Exact: every evaluation costs the same."""
+        return base.scaled(self.solver(model).steps / workload.steps)
+
+
+class _Run:
+    """The scheduler's two methods while the solver is in force."""
+
+    def __init__(self, found: SolverFile, target: Target) -> None:
+        self.found, self.target, self.scheduler = found, target, target.scheduler
+        self.increments = found.increments()
+        self.acts = False
+        self.index = 0
+
+    @property
+    def memory(self) -> Memory:
+        return self.target.store.shared(NAME, "features", Memory)
+
+    def set_timesteps(self, old: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(old)
+        grid, found = self.found.key.steps, self.found
+
+        def set_timesteps(*args: Any, **kwargs: Any) -> Any:
+            from vivace.techniques.trajectory.placement_math import is_uniform, uniform
+
+            call = signature.bind(*args, **kwargs).arguments
+            given = call.get("sigmas")
+            asked = len(given) if given is not None else call.get("num_inference_steps")
+            own = call.get("timesteps") is not None or (given is not None and not is_uniform(given))
+            users = self.target.clock.steps_are_the_users and asked not in (grid, found.steps)
+            self.acts, self.index = not own and not users, 0
+            if not self.acts:
+                self.target.report(NAME, "left_alone", 1)
+                return old(*args, **kwargs)
+            if given is not None:
+                call["sigmas"] = uniform(grid)
+            if call.get("num_inference_steps") is not None:
+                call["num_inference_steps"] = grid
+            out = old(**call)
+            self._place()
+            scale = getattr(self.target.pipeline, "guidance_scale", None)
+            if isinstance(scale, (int, float)) and abs(scale - self.found.key.guidance) > 1e-6:
+                self.target.report(NAME, "off_guidance", 1)
+            self.target.report(NAME, "evaluations_saved", grid - found.steps)
+            return out
+
+        return set_timesteps
+
+    def _place(self) -> None:
+        """Keep the computed steps of the grid the scheduler has just made."""
+        import torch
+
+        scheduler, found = self.scheduler, self.found
+        sigmas = scheduler.sigmas.tolist()
+        if not found.fits(sigmas):
+            raise ConfigError(
+                f"{NAME}: the scheduler's noise levels are not those the solver was fitted for (another shift or "
+                f"noise schedule); make a solver for them with `{COMMAND}`."
+            )
+        nodes = torch.tensor(found.nodes)
+        scheduler.timesteps = scheduler.timesteps[nodes.to(scheduler.timesteps.device)]
+        scheduler.sigmas = scheduler.sigmas[torch.cat([nodes, torch.tensor([len(sigmas) - 1])])]
+        if hasattr(scheduler, "num_inference_steps"):
+            scheduler.num_inference_steps = found.steps
+
+    def step(self, old: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(old)
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if not self.acts:
+                return old(*args, **kwargs)
+            call = signature.bind(*args, **kwargs)
+            call.apply_defaults()
+            values = call.arguments
+            out = self._next(values["model_output"], values["sample"])
+            if values.get("return_dict", True):
+                from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
+                return SchedulerOutput(prev_sample=out)
+            return (out,)
+
+        return step
+
+    def _next(self, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        features = self.memory.features
+        if not features:
+            features.append(sample.float())
+        features.append(output.float())
+        # What the step adds to its sample: latents that somebody edited between two steps stay edited.
+        out = sample.float()
+        for weight, value in zip(self.increments[self.index], features, strict=True):
+            out = out + weight * value
+        self.index += 1
+        return out.to(sample.dtype)
+
+
+@cache
+def shipped(model: str) -> dict[int, SolverFile]:
+    """The solvers that come with Vivace for a model, by number of evaluations."""
+    folder = resources.files("vivace.techniques.trajectory").joinpath(_FOLDER)
+    files = [f for f in folder.iterdir() if f.name.startswith(f"{model}-") and f.name.endswith(".json")]
+    found = [SolverFile.parse(f.read_text(encoding="utf-8"), f.name) for f in files]
+    return {s.steps: s for s in sorted(found, key=lambda s: s.steps)}
+
+
+def euler(pipeline: Any, grid: int, nodes: tuple[int, ...]) -> SolverFile:
+    """Euler's steps between the nodes as a solver file for a pipeline: nothing is fitted."""
+    import copy
+
+    from vivace.models.describe import describe_pipeline
+
+    scheduler = copy.deepcopy(pipeline.scheduler)
+    scheduler.set_timesteps(grid)
+    sigmas = [float(s) for s in scheduler.sigmas]
+    model = describe_pipeline(pipeline)
+    row, weights = [1.0], []
+    for here, there in zip(nodes, (*nodes[1:], grid), strict=True):
+        row = [*row, sigmas[there] - sigmas[here]]
+        weights.append(tuple(row))
+    return SolverFile(
+        key=key_of(model, pipeline, model.workload().with_(steps=grid)),
+        nodes=nodes,
+        sigmas=tuple(sigmas),
+        weights=tuple(weights),
+        prompts=0,
+        prompts_sha256="",
+        seed=0,
+        error=0.0,
+        vivace="",
+    )
