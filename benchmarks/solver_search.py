@@ -44,6 +44,7 @@ STARTS = {
     15: (0, 2, 3, 5, 6, 7, 11, 13, 19, 21, 29, 37, 44, 48, 49),
     18: (0, 1, 2, 3, 4, 6, 8, 10, 13, 18, 21, 27, 34, 40, 44, 47, 48, 49),
     22: (0, 1, 2, 3, 4, 6, 8, 9, 11, 14, 17, 18, 22, 25, 31, 34, 39, 44, 45, 47, 48, 49),
+    27: (0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 13, 14, 16, 18, 20, 24, 26, 29, 34, 37, 39, 42, 45, 46, 47, 48, 49),
 }
 """Where earlier searches of this script ended on a grid of 50, from evenly bent placements."""
 
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="Gauss-Newton steps")
     parser.add_argument("--refine", type=int, default=22, help="for solvers of at most so many steps")
     parser.add_argument("--together", type=int, default=4, help="weight directions that run side by side")
+    parser.add_argument("--basis", choices=("guided", "pair"), default="pair")
     parser.add_argument("--fit", type=int, default=48)
     parser.add_argument("--test", type=int, default=48)
     parser.add_argument("--batch", type=int, default=24)
@@ -83,6 +85,7 @@ def main() -> None:
     out: dict[str, Any] = {
         "benchmark": "solver_search", "split": "development", "fit": args.fit, "test": args.test,
         "batch": args.batch, "guidance": guidance, "grid": args.grid, "seconds": args.seconds,
+        "basis": args.basis, "rounds": args.rounds,
         "environment": environment(device), "runs": [],
     }  # fmt: skip
     clips: dict[str, torch.Tensor] = {}
@@ -122,9 +125,12 @@ def main() -> None:
             from vivace.plans.solver_fitting import place
 
             nodes = place(steps, args.grid)
-        nodes = search(small, nodes, args.seconds, watch)
+        if args.seconds > 0:
+            nodes = search(small, nodes, args.seconds, args.basis, watch)
         rounds = args.rounds if steps <= args.refine else 0
-        file, _ = fit(exact, steps, nodes=nodes, rounds=rounds, together=args.together, watch=watch)
+        file, _ = fit(
+            exact, steps, nodes=nodes, basis=args.basis, rounds=rounds, together=args.together, watch=watch
+        )
         saved = file.save(args.out / f"tiny-{steps}.json")
         # The technique is measured on the plain transformer.
         pipe.transformer._compiled_call_impl = None

@@ -17,8 +17,8 @@ from vivace.core.errors import ConfigError
 FORMAT = "vivace-solver"
 VERSION = 1
 COMMAND = "vivace calibrate --solver STEPS"
-BINDING = ("model_hash", "family")
-"""Parts of the key without which a solver is refused; the noise levels are compared themselves."""
+BASES = {"guided": 1, "pair": 2}
+"""Tensors that an evaluation adds, by basis."""
 _TOLERANCE = 1e-3
 
 
@@ -30,7 +30,9 @@ class SolverFile:
         key: of the exact run it was fitted to; `key.steps` is its grid.
         nodes: computed steps of the grid, rising, 0 first.
         sigmas: (grid + 1,) noise levels of the exact run.
-        weights: for each computed step, of the starting noise and of every output so far: k + 2 numbers.
+        basis: `guided` or `pair`: what an evaluation adds to the sums, its guided output, or the conditional and the
+            unconditional one apart.
+        weights: for each computed step, of the starting noise and of all that was added so far.
         prompts, prompts_sha256, seed: what it was fitted on.
         error: relative error of the final latent on those prompts, geometric mean.
         vivace: version that made it.
@@ -40,6 +42,7 @@ class SolverFile:
     nodes: tuple[int, ...]
     sigmas: tuple[float, ...]
     weights: tuple[tuple[float, ...], ...]
+    basis: str = "guided"
     prompts: int
     prompts_sha256: str
     seed: int
@@ -50,12 +53,17 @@ class SolverFile:
         n, k = self.key.steps, len(self.nodes)
         if len(self.sigmas) != n + 1:
             raise ValueError(f"a grid of {n} steps has {n + 1} noise levels, not {len(self.sigmas)}")
-        if not k or self.nodes[0] != 0 or any(
-            a >= b for a, b in zip(self.nodes, (*self.nodes[1:], n), strict=True)
+        if (
+            not k
+            or self.nodes[0] != 0
+            or any(a >= b for a, b in zip(self.nodes, (*self.nodes[1:], n), strict=True))
         ):
             raise ValueError(f"computed steps must rise from 0 to below {n}")
-        if [len(w) for w in self.weights] != [i + 2 for i in range(k)]:
-            raise ValueError(f"{k} computed steps need {k} rows of 2, 3 ... {k + 1} weights")
+        if self.basis not in BASES:
+            raise ValueError(f"the basis is one of {', '.join(BASES)}, not {self.basis}")
+        each = BASES[self.basis]
+        if [len(w) for w in self.weights] != [1 + each * (i + 1) for i in range(k)]:
+            raise ValueError(f"{k} computed steps need {k} rows of 1 + {each}, 1 + {2 * each} ... weights")
 
     @property
     def steps(self) -> int:
@@ -66,7 +74,8 @@ class SolverFile:
         """Weights of what a step adds to its sample: each row less the row before (the noise's begins at 1)."""
         out, before = [], [1.0]
         for row in self.weights:
-            out.append([w - b for w, b in zip(row, [*before, 0.0], strict=True)])
+            new = [0.0] * BASES[self.basis]
+            out.append([w - b for w, b in zip(row, [*before, *new], strict=True)])
             before = list(row)
         return out
 
@@ -97,7 +106,9 @@ class SolverFile:
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise ConfigError(f"there is no solver file {path}; make it with `{COMMAND} -o {path}`.") from None
+            raise ConfigError(
+                f"there is no solver file {path}; make it with `{COMMAND} -o {path}`."
+            ) from None
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path} cannot be read as a solver ({error}).") from None
         return cls.parse(text, str(path))

@@ -161,6 +161,13 @@ class StateStore:
             self._data[key] = make()
         return self._data[key]
 
+    def whole(self, technique: str, site: Hashable, make: Callable[[], T]) -> T:
+        """As `get`, but one state for the whole generation, whichever branch and expert runs."""
+        key = (technique, site, "*", "*")
+        if key not in self._data:
+            self._data[key] = make()
+        return self._data[key]
+
     def clear(self) -> None:
         """Forget everything."""
         self._data.clear()

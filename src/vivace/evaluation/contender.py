@@ -222,7 +222,7 @@ def plan_of(text: str) -> Plan:
             items[technique] = items[technique].replace(**{field: json.loads(value)})
         except (ValueError, TypeError):
             raise ConfigError(f"'{change}' cannot be read; write technique.setting=value.") from None
-    return Plan(items.values(), name=called, summary=plan.summary, optional=plan.optional)
+    return Plan(items.values(), called, plan.summary, plan.optional, plan.unless)
 
 
 @contextmanager

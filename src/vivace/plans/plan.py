@@ -38,12 +38,14 @@ class Plan:
         name: shown in receipts and reports.
         summary: one sentence for people.
         optional: names of techniques that are left out, with a warning, on a model that lacks what they need.
+        unless: technique -> another one that takes its place: the first is left out where the other stays.
     """
 
     techniques: tuple[Technique, ...] = ()
     name: str = "custom"
     summary: str = field(default="", compare=False)
     optional: frozenset[str] = frozenset()
+    unless: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __init__(
         self,
@@ -51,6 +53,7 @@ class Plan:
         name: str = "custom",
         summary: str = "",
         optional: Iterable[str] = (),
+        unless: Mapping[str, str] | None = None,
     ) -> None:
         items = tuple(techniques)
         if wrong := [t for t in items if not isinstance(t, Technique)]:
@@ -58,12 +61,17 @@ class Plan:
         object.__setattr__(self, "techniques", items)
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "summary", summary)
-        object.__setattr__(self, "optional", frozenset(optional) & {t.card.name for t in items})
+        names = {t.card.name for t in items}
+        object.__setattr__(self, "optional", frozenset(optional) & names)
+        kept = {a: b for a, b in dict(unless or {}).items() if {a, b} <= names}
+        object.__setattr__(self, "unless", kept)
 
     def fitted(self, model: ModelDescription) -> Plan:
-        """The plan without the optional techniques that the model cannot serve."""
-        kept = (t for t in self.techniques if t.card.name not in self.optional or not self._needs(t, model))
-        return Plan(kept, self.name, self.summary, self.optional)
+        """The plan without the optional techniques that the model cannot serve, and without their stand-ins."""
+        able = [t for t in self.techniques if t.card.name not in self.optional or not self._needs(t, model)]
+        names = {t.card.name for t in able}
+        kept = (t for t in able if self.unless.get(t.card.name) not in names)
+        return Plan(kept, self.name, self.summary, self.optional, self.unless)
 
     def ordered(self) -> tuple[Technique, ...]:
         """Techniques in the order of application; ones that stand at identity are left out."""
@@ -109,7 +117,11 @@ class Plan:
         for technique in self.techniques:
             values = technique.to_dict()
             item = {"technique": values.pop("_type"), "version": values.pop("_version"), **values}
-            items.append(item | ({"optional": True} if technique.card.name in self.optional else {}))
+            if technique.card.name in self.optional:
+                item["optional"] = True
+            if other := self.unless.get(technique.card.name):
+                item["unless"] = other
+            items.append(item)
         return {"vivace_plan": VERSION, "name": self.name, "summary": self.summary, "techniques": items}
 
     @classmethod
@@ -127,7 +139,7 @@ class Plan:
             raise ConfigError(
                 f"the plan has version {data['vivace_plan']}, this Vivace reads {VERSION}; update it."
             )
-        techniques, optional = [], set()
+        techniques, optional, unless = [], set(), {}
         for item in data["techniques"] or ():
             item = {"technique": item} if isinstance(item, str) else dict(item)
             if "technique" not in item:
@@ -138,8 +150,10 @@ class Plan:
             version = item.pop("version", found.version)
             if item.pop("optional", False):
                 optional.add(found.card.name)
+            if other := item.pop("unless", ""):
+                unless[found.card.name] = registry[other].card.name
             techniques.append(found.from_dict(item | {"_version": version}))
-        return cls(techniques, data.get("name", default_name), data.get("summary", ""), optional)
+        return cls(techniques, data.get("name", default_name), data.get("summary", ""), optional, unless)
 
     # -- checks -----------------------------------------------------------------------------------------------
 
@@ -148,7 +162,7 @@ class Plan:
         items = self.fitted(model).ordered()
         found: list[Problem] = []
         for technique in self.ordered():
-            if technique not in items:
+            if technique not in items and technique.card.name in self.optional:
                 why = "; ".join(p.message for p in self._needs(technique, model))
                 found.append(technique.problem("left out", f"is left out: it {why}", "warning"))
         for name in sorted({t.card.name for t in items}):

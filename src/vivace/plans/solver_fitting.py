@@ -309,6 +309,7 @@ def fit(
     steps: int,
     *,
     nodes: Sequence[int] | None = None,
+    basis: str = "pair",
     seconds: float = 0.0,
     rounds: int = 0,
     together: int = 1,
@@ -318,6 +319,7 @@ def fit(
 
     Args:
         nodes: computed steps; `place` puts them when left out.
+        basis: `guided` or `pair` (`vivace.calibration.solver.SolverFile`).
         seconds: how long a local search may move them.
         rounds: Gauss-Newton steps on the error of the final latent; each takes about steps^2 / 4 runs.
         together: weight directions of a Gauss-Newton step that run side by side.
@@ -328,11 +330,11 @@ def fit(
     """
     import vivace
 
-    n, pair, basis = len(exact.timesteps), exact.network.pair, Basis("guided")
+    n, pair = len(exact.timesteps), exact.network.pair
     chosen = tuple(nodes) if nodes is not None else place(steps, n)
     if seconds > 0:
-        chosen = search(exact, chosen, seconds, watch)
-    made = fit_along(pair, exact.states, exact.timesteps, chosen, exact.guidance, basis)
+        chosen = search(exact, chosen, seconds, basis, watch)
+    made = fit_along(pair, exact.states, exact.timesteps, chosen, exact.guidance, Basis(basis))
     fitted, end = made.fitted, made.end
     watch(f"fitted: error {error_of(exact, end):.4f}")
     for i in range(rounds):
@@ -349,6 +351,7 @@ def fit(
         nodes=fitted.nodes,
         sigmas=exact.sigmas,
         weights=rows(fitted),
+        basis=basis,
         prompts=exact.states.shape[1],
         prompts_sha256=exact.prompts_sha256,
         seed=exact.seed,
@@ -371,20 +374,24 @@ def error_of(exact: Exact, end: torch.Tensor) -> float:
 
 
 def search(
-    exact: Exact, nodes: tuple[int, ...], seconds: float, watch: Callable[[str], None] = lambda text: None
+    exact: Exact,
+    nodes: tuple[int, ...],
+    seconds: float,
+    basis: str = "pair",
+    watch: Callable[[str], None] = lambda text: None,
 ) -> tuple[int, ...]:
     """Move one computed step at a time, as long as the error of the final latent falls and time is left.
 
     Every candidate is fitted and run in closed loop. The last steps move first: candidates share the run up to the
     first step in which they differ.
     """
-    n, basis = len(exact.timesteps), Basis("guided")
+    n, sums = len(exact.timesteps), Basis(basis)
     cache: dict[Any, Any] = {}
     end = time.perf_counter() + seconds
 
     def loss(candidate: tuple[int, ...]) -> float:
         run = fit_along(
-            exact.network.pair, exact.states, exact.timesteps, candidate, exact.guidance, basis, cache=cache
+            exact.network.pair, exact.states, exact.timesteps, candidate, exact.guidance, sums, cache=cache
         )
         return error_of(exact, run.end)
 

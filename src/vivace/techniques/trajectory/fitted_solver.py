@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from vivace.calibration.artifact import key_of
-from vivace.calibration.solver import BINDING, COMMAND, SolverFile
+from vivace.calibration.solver import COMMAND, SolverFile
+from vivace.core.context import COND, FUSED, UNCOND
 from vivace.core.errors import ConfigError
 from vivace.core.shapes import Workload
-from vivace.models.adapter import ModelDescription, Need
+from vivace.models.adapter import ModelDescription, Need, RootCall
 from vivace.techniques.base import (
     Card,
     Cite,
@@ -35,9 +36,12 @@ _FOLDER = "solvers"
 
 @dataclass(slots=True, eq=False)
 class Memory:
-    """What a generation leaves behind: the starting noise and the guided outputs so far, float32 (B, C, ...)."""
+    """What a generation leaves behind."""
 
     features: list[torch.Tensor] = field(default_factory=list)
+    """float32 (B, C, ...): the starting noise, and what every evaluation added."""
+    now: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Outputs of the step under way, by branch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +54,7 @@ class FittedSolver(Technique):
 
     It stands in for the exact run's own number of steps: a caller who gives another `num_inference_steps` (neither the
     grid's nor the solver's) or noise levels of his own gets the pipeline's scheduler, and the receipt says `left_alone`.
-    Guidance enters through the guided output, fused or not. At another guidance scale than the fitted one, which the
+    A solver is fitted to the guided output or to both branches' outputs apart, fused or not. At another guidance scale than the fitted one, which the
     receipt counts as `off_guidance`, and at another shape, it runs, less exactly.
     """
 
@@ -100,7 +104,11 @@ class FittedSolver(Technique):
             return SolverFile.load(self.file)
         found = shipped(model.name)
         if self.steps not in found:
-            has = f"for {model.name} there are {', '.join(map(str, found))}" if found else "none comes with Vivace"
+            has = (
+                f"for {model.name} there are {', '.join(map(str, found))}"
+                if found
+                else "none comes with Vivace"
+            )
             raise ConfigError(
                 f"no solver of {self.steps} steps is fitted for {model.name} ({has}); make one with `{COMMAND}`."
             )
@@ -126,6 +134,9 @@ class FittedSolver(Technique):
         run = _Run(found, target)
         target.edit.wrap(target.scheduler, run.set_timesteps, "set_timesteps")
         target.edit.wrap(target.scheduler, run.step, "step")
+        if found.basis == "pair":
+            for expert in target.experts:
+                target.around_expert(expert, run.watch)
 
     def estimate(self, model: ModelDescription, workload: Workload, base: Estimate) -> Estimate:
         """Exact: every evaluation costs the same."""
@@ -143,7 +154,19 @@ class _Run:
 
     @property
     def memory(self) -> Memory:
-        return self.target.store.shared(NAME, "features", Memory)
+        return self.target.store.whole(NAME, "features", Memory)
+
+    def watch(self, call: RootCall, run: Callable[[RootCall], torch.Tensor]) -> torch.Tensor:
+        """Around a transformer: keep what the pipeline mixes its guided output from."""
+        sample, branch = run(call), self.target.clock.branch
+        if not self.acts:
+            return sample
+        now = self.memory.now
+        if branch == FUSED:
+            now[UNCOND], now[COND] = sample.float().chunk(2)
+        else:
+            now[branch] = sample.float()
+        return sample
 
     def set_timesteps(self, old: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(old)
@@ -211,10 +234,15 @@ class _Run:
         return step
 
     def _next(self, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        features = self.memory.features
+        features, now = self.memory.features, self.memory.now
         if not features:
             features.append(sample.float())
-        features.append(output.float())
+        if self.found.basis == "pair":
+            # Without a second branch both are the conditional output.
+            features += [now[COND], now.get(UNCOND, now[COND])]
+            now.clear()
+        else:
+            features.append(output.float())
         # What the step adds to its sample: latents that somebody edited between two steps stay edited.
         out = sample.float()
         for weight, value in zip(self.increments[self.index], features, strict=True):
