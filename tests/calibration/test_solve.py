@@ -48,7 +48,42 @@ def test_threshold_reaches_the_share(target: float) -> None:
     found = solve.threshold_for(lambda t: solve.share(solve.accumulated(change, t)), target, 0.1)
     assert abs(solve.share(solve.accumulated(change, found)) - target) < 0.1
     # It does not sit on the edge of its stair.
-    assert solve.accumulated(change, found * 1.0001) == solve.accumulated(change, found)
+    for near in (0.999, 1.001):
+        assert solve.accumulated(change, found * near) == solve.accumulated(change, found)
+
+
+def test_the_middle_of_a_narrow_stair() -> None:
+    found = solve.threshold_for(lambda t: 0.0 if t < 0.1 else 0.4 if t < 0.1004 else 1.0, 0.41)
+    assert found == pytest.approx((0.1 * 0.1004) ** 0.5, rel=1e-6)
+
+
+def test_the_fastest_within_a_bound() -> None:
+    steps = {0.1: (0.2, 0.01), 0.2: (0.5, 0.05), 0.4: (0.6, 0.2)}
+
+    def simulate(t: float) -> tuple[float, float]:
+        return max((v for k, v in steps.items() if k <= t), default=(0.0, 0.0))
+
+    assert 0.2 <= solve.threshold_within(simulate, 0.1) < 0.4
+    with pytest.raises(ConfigError, match=r"keeps the loss at 0\.001; the least is 0\.01"):
+        solve.threshold_within(simulate, 0.001)
+    with pytest.raises(ConfigError, match="no threshold skips anything"):
+        solve.threshold_within(lambda t: (0.0, 0.0), 1.0)
+
+
+def test_easycache_by_hand() -> None:
+    # Inputs move by 1 a step, outputs by 0.5: the rate is 0.5, and each skipped step adds 0.5 / size.
+    n = 7
+    inputs = [[float(t - s) for s in range(t)] for t in range(n)]
+    outputs = [[0.5 * (t - s) for s in range(t)] for t in range(n)]
+    found = solve.easycache(inputs, outputs, [2.0] * n, 0.6, first=1, last=0)
+    # The first two steps are computed whatever the warm-up: before, there is no rate. Then 0.25 + 0.25 < 0.6.
+    assert found == [False, False, True, True, False, True, True]
+
+
+def test_first_block_by_hand() -> None:
+    change = [[0.1 * (t - s) for s in range(t)] for t in range(8)]
+    found = solve.first_block(change, 0.25, first=1, last=1, max_skip=4, starts=(0, 4))
+    assert found == [False, True, True, False, False, True, True, False]
 
 
 def test_threshold_of_a_known_curve() -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from vivace.calibration.artifact import Calibration
 from vivace.calibration.gram import schedule_error
-from vivace.cli.calibrate import schedule_for
 from vivace.plans.plan import Plan
+from vivace.plans.solving import schedule_for
 
 SMALL = (
     "--steps",
@@ -100,3 +100,43 @@ def test_the_schedule_as_a_plan(vivace, folder: Path, here: Path) -> None:
     alone = vivace("calibrate", "-m", str(folder), "--count", "1", *SMALL, "--plan-file", "s.yaml")
     assert alone.code == 2
     assert "needs a --target" in alone.err
+
+
+@pytest.mark.parametrize("technique", ["teacache@warmup=1", "first_block_cache@warmup=1,tail=0"])
+def test_a_threshold_as_a_plan(vivace, folder: Path, here: Path, technique: str) -> None:
+    arguments = ("calibrate", "-m", str(folder), "--count", "1", *SMALL, "--target", "speedup=1.5")
+    run = vivace(*arguments, "--technique", technique, "--plan-file", "t.yaml")
+    assert run.code == 0, run.err
+    for word in ("asked", "predicted", "counted", "threshold"):
+        assert word in run.out
+    (cache,) = Plan.load(here / "t.yaml").techniques
+    assert cache.card.name == technique.partition("@")[0]
+    assert cache.warmup == 1
+    if cache.card.name == "teacache":
+        assert Path(cache.calibration) == (here / "calibration.json").resolve()
+    assert "speedup=1.5" in Plan.load(here / "t.yaml").summary
+
+
+def test_without_a_check_nothing_is_counted(vivace, folder: Path, here: Path) -> None:
+    run = vivace(
+        *("calibrate", "-m", str(folder), "--count", "1", *SMALL, "--target", "loss=0.2"),
+        *("--technique", "magcache@retention=0.0", "--no-verify"),
+    )
+    assert run.code == 0, run.err
+    assert "not checked" in run.out
+    assert "checking" not in run.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "phrase"),
+    [
+        (("--technique", "teacache"), "needs a --target"),
+        (("--technique", "fora", "--target", "speedup=2"), "cannot be solved for"),
+        (("--technique", "teacache@warmup=x", "--target", "speedup=2"), "warmup"),
+    ],
+)
+def test_wrong_techniques_are_one_sentence(vivace, folder, here, arguments: tuple, phrase: str) -> None:
+    run = vivace("calibrate", "-m", str(folder), *arguments)
+    assert run.code == 2
+    assert phrase in run.sentence
+    assert not list(here.iterdir())

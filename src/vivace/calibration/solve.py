@@ -308,13 +308,39 @@ def threshold_for(
         ask(math.exp(below + offset))
     # Of two shares equally near the smaller; of its stair the middle, so that no rounding tips it over the edge.
     nearest = min(tried.values(), key=lambda s: (round(abs(s - target), 9), s))
-    stair = sorted(t for t, s in tried.items() if s == nearest)
-    best = stair[len(stair) // 2]
+    best = _middle(simulate, tried, nearest)
     if abs(nearest - target) > tolerance:
         raise ConfigError(
             f"no threshold skips {target:.0%} of the steps; the nearest is {nearest:.0%} at {best:.4g}."
         )
     return best
+
+
+def _middle(simulate: Callable[[float], float], tried: dict[float, float], share: float) -> float:
+    """The middle, on a logarithmic scale, of the widest stair among the tried thresholds that give a share."""
+    places = sorted(tried)
+    stairs: list[list[int]] = []
+    for i, t in enumerate(places):
+        if tried[t] == share:
+            if stairs and stairs[-1][1] == i - 1:
+                stairs[-1][1] = i
+            else:
+                stairs.append([i, i])
+
+    def edge(inside: int, outside: int) -> float:
+        """Where the stair ends between two tried thresholds."""
+        if not 0 <= outside < len(places):
+            return places[inside]
+        on, off = places[inside], places[outside]
+        for _ in range(40):
+            middle = math.sqrt(on * off)
+            on, off = (middle, off) if simulate(middle) == share else (on, middle)
+        return on
+
+    ends = [(edge(i, i - 1), edge(j, j + 1)) for i, j in stairs]
+    low, high = max(ends, key=lambda e: e[1] / e[0])
+    middle = math.sqrt(low * high)
+    return middle if simulate(middle) == share else low
 
 
 def threshold_within(

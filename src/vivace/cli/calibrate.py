@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,12 +12,17 @@ from vivace.cli.shared import options
 from vivace.cli.shared.options import DType, Request
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.table import Table
 
     from vivace.calibration.artifact import Calibration
     from vivace.calibration.schedule import Schedule
     from vivace.cli.shared.run import Job
     from vivace.plans.plan import Plan
+    from vivace.plans.solving import Prediction, Simulator, Trial
+    from vivace.techniques.base import Technique
+    from vivace.techniques.caching.engine import CacheTechnique
 
 CAPTIONS = (
     "a person walks along a beach at sunset",
@@ -25,6 +31,9 @@ CAPTIONS = (
     "a slow aerial view over a forest in autumn",
 )
 """Neutral prompts for models whose world is not ours."""
+UNSEEN = "a small boat drifts on a calm lake in the morning"
+"""What a solved threshold is checked on when all of those were calibrated on."""
+SCHEDULE = "optimal_schedule"
 DEVELOPMENT = "world-dev"
 """The embedded model is calibrated on prompts that no reported number uses."""
 COUNT = 4
@@ -48,17 +57,28 @@ def calibrate(
     target: Annotated[
         str | None,
         typer.Option(
-            help="Also solve for speedup=2.0 (evaluations) or loss=0.01 (error of the final latent).",
+            help="Also solve for speedup=2.0 (times less work) or loss=0.01 (error of the final latent).",
             show_default=False,
         ),
     ] = None,
-    order: Annotated[
-        int, typer.Option(min=0, max=2, help="Degree of the extrapolation that --target assumes.")
-    ] = 0,
+    technique: Annotated[
+        str,
+        typer.Option(
+            help="What --target is solved for: optimal_schedule, teacache, magcache, first_block_cache or easycache, "
+            "with settings where wanted (teacache@warmup=2,tail=1)."
+        ),
+    ] = SCHEDULE,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            help="With --target: count a real run, and correct the threshold where it is over 5 % off."
+        ),
+    ] = True,
+    order: Annotated[int, typer.Option(min=0, max=2, help="Degree of the schedule's extrapolation.")] = 0,
     plan_file: Annotated[
         Path | None,
         typer.Option(
-            help="With --target: write the schedule as a plan, ready for --plan.", show_default=False
+            help="With --target: write what was solved as a plan, ready for --plan.", show_default=False
         ),
     ] = None,
     seed: options.Seed = 0,
@@ -74,7 +94,8 @@ def calibrate(
     """Measure once, for one model, shape and number of steps, what caches and schedules can be set by.
 
     Runs the exact model on each prompt and writes one small file. An interrupted run goes on behind the last finished
-    prompt when the same command is given again.
+    prompt when the same command is given again. With --target the schedule or threshold is solved on that file, and
+    one more run of a prompt that was not measured shows what it really saves.
     """
     from rich.markup import escape
 
@@ -85,9 +106,12 @@ def calibrate(
     from vivace.plans.plan import Plan
 
     wish = _target(target) if target else None
-    if plan_file is not None and wish is None:
-        raise ConfigError("--plan-file needs a --target, for example --target speedup=2.")
-    texts = _prompts(prompts, model, count)
+    if wish is None and (plan_file is not None or technique != SCHEDULE):
+        option = "--plan-file" if plan_file is not None else "--technique"
+        raise ConfigError(f"{option} needs a --target, for example --target speedup=2.")
+    # Wrong names and settings are told before anything is run.
+    cache = _cache(technique, output) if wish is not None else None
+    texts, unseen = _prompts(prompts, model, count)
     request = Request(
         prompt=texts[0],
         model=model,
@@ -102,25 +126,114 @@ def calibrate(
         threads=threads,
     )
     job = prepare(request, Plan())
+    answer: Answer | None = None
     with Outputs() as outputs:
         hidden = outputs.reserve(output)
         written = outputs.reserve(plan_file) if plan_file is not None else None
         part = output.with_name(output.name + ".part")
-        made = _made(job, load(job), texts, part)
+        pipeline = load(job)
+        made = _made(job, pipeline, texts, part)
         made.save(hidden)
-        found = schedule_for(made, *wish, order) if wish is not None else None
-        if written is not None and found is not None:
-            _plan(made, found, order).save(written)
+        if wish is not None:
+            if cache is None:
+                answer = _scheduled(made, wish, order)
+            else:
+                answer = _thresholded(made, wish, _reading(cache, hidden))
+            if verify:
+                count_run = _counter(job, pipeline, unseen, seed + len(texts))
+                answer = _verified(answer, wish, count_run)
+            if written is not None:
+                _plan(answer, wish, output).save(written)
     part.unlink(missing_ok=True)
     out = screen()
     out.print(_facts(made))
-    if found is not None:
-        out.print(_solved(made, found))
+    if answer is not None and wish is not None:
+        out.print(_told(made, answer, wish, unseen))
     out.print(f"\n[bold]{escape(str(output))}[/]", soft_wrap=True)
     if plan_file is not None:
         out.print(
             f"[bold]{escape(str(plan_file))}[/]  a plan: --plan {escape(str(plan_file))}", soft_wrap=True
         )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was solved for: a technique, what is predicted of it, and what real runs counted."""
+
+    technique: Technique
+    speedup: float
+    error: float
+    schedule: Schedule | None = None
+    simulator: Simulator | None = None
+    trials: tuple[Trial, ...] = ()
+
+    @property
+    def threshold(self) -> float:
+        """Of a cache; 0 for a schedule, which has none."""
+        return getattr(self.technique, "threshold", 0.0)
+
+    def at(self, found: Prediction) -> Answer:
+        """The same cache at another threshold."""
+        technique = self.technique.replace(threshold=found.threshold)
+        return replace(self, technique=technique, speedup=found.speedup, error=found.error)
+
+
+def _cache(text: str, output: Path) -> CacheTechnique | None:
+    """The online cache to be solved for; None for a schedule."""
+    from vivace.plans.solving import technique_for
+
+    return None if text == SCHEDULE else technique_for(text, output)
+
+
+def _reading(technique: CacheTechnique, file: Path) -> CacheTechnique:
+    """The technique with the calibration at `file`, when it reads one."""
+    return technique.replace(calibration=str(file)) if getattr(technique, "calibration", "") else technique
+
+
+def _scheduled(made: Calibration, wish: tuple[str, float], order: int) -> Answer:
+    from vivace.plans.solving import as_technique, evaluations, schedule_for
+
+    found = schedule_for(made, *wish, order)
+    technique = as_technique(made, found, order)
+    return Answer(technique, evaluations(made) / found.nfe, found.error("end"), schedule=found)
+
+
+def _thresholded(made: Calibration, wish: tuple[str, float], technique: CacheTechnique) -> Answer:
+    from vivace.plans.solving import Simulator, solved
+
+    simulator = Simulator(made, technique)
+    return Answer(technique, 1.0, 0.0, simulator=simulator).at(solved(simulator, *wish))
+
+
+def _counter(job: Job, pipeline: object, prompt: str, seed: int) -> Callable[[Technique], float]:
+    """Technique -> the speed-up that the receipt of a real run counts."""
+    from vivace.cli.shared.progress import Steps
+    from vivace.plans.plan import Plan
+    from vivace.plans.session import accelerate
+
+    def count(technique: Technique) -> float:
+        with (
+            Steps("checking", job.workload.steps) as watcher,
+            accelerate(pipeline, Plan([technique]), model=job.model, on_step=watcher.on_step) as session,
+        ):
+            receipt = session(prompt, seed=seed, output_type="latent", **job.call).receipt
+        return 1.0 / receipt.compute_share
+
+    return count
+
+
+def _verified(answer: Answer, wish: tuple[str, float], count: Callable[[Technique], float]) -> Answer:
+    """The answer with what real runs counted; a threshold that is too far off is corrected."""
+    from vivace.plans.solving import Trial, best, corrected
+
+    simulator, technique = answer.simulator, answer.technique
+    start = answer.threshold
+    if simulator is None or wish[0] != "speedup":
+        return replace(answer, trials=(Trial(start, count(technique)),))
+    trials = corrected(simulator, wish[1], lambda t: count(technique.replace(threshold=t)), start)
+    kept = best(trials, wish[1])
+    moved = answer if kept.threshold == start else answer.at(simulator.predict(kept.threshold))
+    return replace(moved, trials=tuple(trials))
 
 
 def _target(text: str) -> tuple[str, float]:
@@ -140,7 +253,8 @@ def _target(text: str) -> tuple[str, float]:
     return name, number
 
 
-def _prompts(file: Path | None, model: str, count: int | None) -> list[str]:
+def _prompts(file: Path | None, model: str, count: int | None) -> tuple[list[str], str]:
+    """What is calibrated on, and one more to check on: the next of the list, or the first again where none is left."""
     from vivace.core.errors import ConfigError
     from vivace.models.loading import EMBEDDED
 
@@ -149,31 +263,37 @@ def _prompts(file: Path | None, model: str, count: int | None) -> list[str]:
 
         known = Task.load(DEVELOPMENT).prompt_texts() if model == EMBEDDED else CAPTIONS
         texts, limit = list(known), count or COUNT
+        spare = [] if model == EMBEDDED else [UNSEEN]
     else:
         try:
             texts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise ConfigError(f"the prompt file {file} cannot be read: {reason}.") from None
-        limit = count or len(texts)
+        limit, spare = count or len(texts), []
     if not texts:
         raise ConfigError(f"the prompt file {file} holds no prompt; write one a line.")
     if limit > len(texts):
         raise ConfigError(
             f"{limit} prompts are asked for and {len(texts)} are there; give a file with --prompts."
         )
-    return texts[:limit]
+    return texts[:limit], [*texts[limit:], *spare, texts[0]][0]
 
 
-def _plan(made: Calibration, found: Schedule, order: int) -> Plan:
-    """The schedule as a plan."""
+def _plan(answer: Answer, wish: tuple[str, float], output: Path) -> Plan:
+    """What was solved, as a plan; a technique that reads the calibration reads it where it will lie."""
     from vivace.plans.plan import Plan
-    from vivace.techniques.caching.optimal_schedule import OptimalSchedule
 
-    schedule = OptimalSchedule(
-        cond=found.cond, uncond=found.delta, steps=made.key.steps, order=order, delta_order=order
-    )
-    return Plan([schedule], name="calibrated")
+    technique, file = answer.technique, output.resolve()
+    if getattr(technique, "calibration", ""):
+        technique = technique.replace(calibration=str(file))
+    counted = ""
+    if answer.trials:
+        from vivace.plans.solving import best
+
+        counted = f", counted {best(answer.trials, wish[1] if wish[0] == 'speedup' else 1.0).counted:.2f}"
+    told = f"{wish[0]}={wish[1]:g}, predicted {answer.speedup:.2f} times less work{counted}, from {file}"
+    return Plan([technique], name="calibrated", summary=told)
 
 
 def _made(job: Job, pipeline: object, prompts: list[str], part: Path) -> Calibration:
@@ -220,70 +340,40 @@ def _facts(made: Calibration) -> Table:
     return rows
 
 
-def _solved(made: Calibration, found: Schedule) -> Table:
-    """A schedule and what it is predicted to cost, with thresholds that skip as many steps."""
-    from vivace.calibration import solve
+def _told(made: Calibration, answer: Answer, wish: tuple[str, float], unseen: str) -> Table:
+    """What was asked for, what is predicted, what was counted."""
+    from rich.markup import escape
+
     from vivace.cli.shared.screen import facts
-    from vivace.core.errors import ConfigError
+    from vivace.plans.solving import TOLERANCE, best, evaluations
 
-    total = _evaluations(made)
-    rows = facts()
-    rows.add_row("evaluations", f"{found.nfe} of {total}, {total / found.nfe:.2f} times fewer")
-    rows.add_row("error", f"{found.error('end'):.4g} of a network output, predicted, at the end")
-    rows.add_row("conditional", _listed(found.cond))
-    if found.delta:
-        rows.add_row("guidance", _listed(found.delta))
-    n, share = made.key.steps, 1.0 - found.nfe / total
-    ratio, moved = made.joined("cond", "residual_ratio"), made.joined("cond", "first_block_change")
-    policies = {
-        "magcache": lambda t: solve.magcache(ratio, t, n, 0.2),
-        "first block": lambda t: solve.accumulated(moved, t),
-    }
-    for policy, simulate in policies.items():
-        try:
-            threshold = solve.threshold_for(
-                lambda t, s=simulate: solve.share(s(t)), share, max(0.03, 1.0 / n)
-            )
-            rows.add_row(policy, f"threshold {threshold:.4g} skips {solve.share(simulate(threshold)):.0%}")
-        except ConfigError as error:
-            rows.add_row(policy, str(error))
+    rows, found, trials = facts(), answer.schedule, answer.trials
+    target = wish[1] if wish[0] == "speedup" else answer.speedup
+    asked = f"{target:.2f} times less work" if wish[0] == "speedup" else f"an error of {wish[1]:g} at most"
+    rows.add_row("asked", asked)
+    rows.add_row(
+        "predicted",
+        f"{answer.speedup:.2f} times less work, error {answer.error:.4g} of a network output at the end",
+    )
+    if not trials:
+        rows.add_row("counted", "not checked")
+    else:
+        rows.add_row("counted", f"{best(trials, target).counted:.2f} times less work: {escape(unseen)}")
+    if found is not None:
+        rows.add_row("evaluations", f"{found.nfe} of {evaluations(made)}")
+        rows.add_row("conditional", _listed(found.cond))
+        if found.delta:
+            rows.add_row("guidance", _listed(found.delta))
+        return rows
+    rows.add_row("threshold", f"{answer.threshold:.4g}")
+    if len(trials) > 1:
+        rows.add_row(
+            "corrected",
+            "more than 5 % off at first: " + ", ".join(f"{t.threshold:.4g} {t.counted:.2f}" for t in trials),
+        )
+    if wish[0] == "speedup" and trials and abs(best(trials, target).counted / target - 1.0) > TOLERANCE:
+        rows.add_row("", f"no threshold that was tried comes within {TOLERANCE:.0%}; the nearest is kept")
     return rows
-
-
-def schedule_for(made: Calibration, name: str, value: float, order: int) -> Schedule:
-    """The best schedule for a target: `speedup` fixes the evaluations, `loss` bounds the final latent's error.
-
-    Raises:
-        ConfigError: more speed than two evaluations give.
-    """
-    from vivace.calibration.schedule import Problem, split
-
-    guidance = made.key.guidance if _guided(made) else 1.0
-    problem = Problem(made.matrix, made.sigmas, order=order, guidance=guidance)
-
-    def ask(nfe: int) -> Schedule:
-        return split(problem, nfe)
-
-    total = _evaluations(made)
-    if name == "speedup":
-        return ask(int(total / value + 1e-9))
-    low, high = total // made.key.steps, total
-    best = ask(high)
-    while low < high:
-        middle = (low + high) // 2
-        if (tried := ask(middle)).error("end") <= value:
-            best, high = tried, middle
-        else:
-            low = middle + 1
-    return best
-
-
-def _guided(made: Calibration) -> bool:
-    return any("uncond" in branches for branches in made.curves.values())
-
-
-def _evaluations(made: Calibration) -> int:
-    return made.key.steps * (2 if _guided(made) else 1)
 
 
 def _listed(steps: tuple[int, ...]) -> str:
