@@ -16,6 +16,7 @@ from vivace.plans.calibrating import calibrate
 from vivace.plans.solving import Simulator, Trial, best, corrected, solved, technique_for
 from vivace.techniques.caching.engine import Cache, Pass
 from vivace.techniques.caching.teacache import TeaCache
+from vivace.techniques.compression.int8_linear import Int8Linear
 from vivace.testing.subjects import Subject
 
 STEPS = 12
@@ -155,6 +156,12 @@ def test_the_calibration_binds_weights_and_shape(made) -> None:
     with pytest.raises(PlanError, match="guidance"):
         subject.run(cache, guidance_scale=2.5)
     assert subject.run(cache, num_inference_steps=6).receipt.cache_hits
+
+
+def test_quantised_weights_are_not_compared(made) -> None:
+    subject, _, path = made["wan2.1"]
+    cache = TeaCache(threshold=0.2, warmup=1, calibration=str(path))
+    assert subject.run(cache, Int8Linear(), num_inference_steps=6).receipt.cache_hits
 
 
 @pytest.mark.parametrize(
