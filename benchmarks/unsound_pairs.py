@@ -8,10 +8,14 @@ development prompts. If both faults were independent, the squared error of the p
     excess = MSE(cache + int8, exact) - MSE(cache, exact) - MSE(int8, exact)
     factor = MSE(cache + int8, exact) / (MSE(cache, exact) + MSE(int8, exact))
 
-Both are over clips, with 95 % intervals from a bootstrap over clips, of the frames (levels / 255) and of the latents.
+Where the cache's own fault is large it hides the noise, so the gain says how much int8 moves a cached run:
+
+    gain = MSE(cache + int8, cache) / MSE(int8, exact)
+
+All are over clips, with 95 % intervals from a bootstrap over clips, of the frames (levels / 255) and of the latents.
 A pair is called unsound when the whole interval of the frames' factor lies above `--bar` dB, and sound when it lies
-below. A cache that decides by a signal may also skip other steps beside int8: both shares are printed. Contenders that
-the `--budget` has no time for are named in the record.
+below; a cache that skipped nothing is called idle. A cache that decides by a signal may also skip other steps beside
+int8: both shares are printed. Contenders that the `--budget` has no time for are named in the record.
 """
 
 from __future__ import annotations
@@ -84,13 +88,13 @@ def contenders(ratios: tuple[float, ...], errors: dict[str, tuple[float, ...]]) 
         ("optimal_schedule order 1", (OptimalSchedule(share=0.5, order=1, delta_order=1),)),
         ("optimal_schedule order 2", (OptimalSchedule(share=0.5, order=2, delta_order=2),)),
         ("frozen_schedule order 1", (FrozenSchedule(share=0.5, order=1),)),
-        ("speca", (SpeCa(threshold=0.1),)),
-        ("first_block_cache", (FirstBlockCache(threshold=0.08),)),
-        ("teacache", (TeaCache(threshold=0.1, warmup=2),)),
-        ("easycache", (EasyCache(threshold=0.05, warmup=5),)),
-        ("dicache", (DiCache(threshold=0.1, retention=0.1),)),
-        ("dbcache", (DualBlockCache(threshold=0.08, first_blocks=2, warmup=2),)),
-        ("magcache", (MagCache(threshold=0.06, ratios=ratios),)),
+        ("speca", (SpeCa(threshold=0.008),)),
+        ("first_block_cache", (FirstBlockCache(threshold=0.07),)),
+        ("teacache", (TeaCache(threshold=0.018, warmup=2),)),
+        ("easycache", (EasyCache(threshold=0.04, warmup=5),)),
+        ("dicache", (DiCache(threshold=0.078, retention=0.1),)),
+        ("dbcache", (DualBlockCache(threshold=0.095, first_blocks=2, warmup=2),)),
+        ("magcache", (MagCache(threshold=0.09, ratios=ratios),)),
         ("taylorseer_modules order 1", (TaylorSeerModules(interval=2, warmup=2, order=1),)),
         ("taylorseer_modules order 2", (TaylorSeerModules(interval=2, warmup=2, order=2),)),
         ("fora", (Fora(interval=2),)),
@@ -240,28 +244,56 @@ def residuals(transformer: Any) -> Iterator[list[float]]:
 
 
 def interaction(
-    pair: np.ndarray, cache: np.ndarray, int8: np.ndarray, confidence: float = 0.95
+    pair: np.ndarray, cache: np.ndarray, int8: np.ndarray, moved: np.ndarray, confidence: float = 0.95
 ) -> dict[str, float]:
-    """Excess of the pair's squared errors (N,) over the sum of both alone, and their quotient in dB, with intervals."""
+    """Excess, factor in dB and gain in dB with their intervals; see the module.
+
+    Args:
+        pair, cache, int8: squared errors (N,) against the exact clips.
+        moved: squared errors (N,) of the pair against the cache alone.
+    """
     excess = bootstrap_interval(pair - cache - int8, confidence)
-    weights = resampling(len(pair))
-    # A cache that changed nothing and an int8 run that changed nothing leave nothing to divide by.
+    out = {"excess": excess.value, "excess_low": excess.low, "excess_high": excess.high}
+    for name, above, below in (("factor_db", pair, cache + int8), ("gain_db", moved, int8)):
+        value, low, high = quotient(above, below, confidence)
+        out |= {name: value, f"{name}_low": low, f"{name}_high": high}
+    return out
+
+
+def quotient(above: np.ndarray, below: np.ndarray, confidence: float) -> tuple[float, float, float]:
+    """Quotient of two means over the same clips (N,) in dB, and its interval from a bootstrap of both together."""
+    weights = resampling(len(above))
+    # Runs that changed nothing leave nothing to divide by.
     with np.errstate(divide="ignore", invalid="ignore"):
-        factor = 10 * np.log10(pair.mean() / (cache + int8).mean())
-        drawn = 10 * np.log10((weights @ pair) / (weights @ (cache + int8)))
+        value = 10 * np.log10(above.mean() / below.mean())
+        drawn = 10 * np.log10((weights @ above) / (weights @ below))
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
-    low, high = np.quantile(drawn, tails) if len(pair) > 1 else (math.nan, math.nan)
-    return {
-        "excess": excess.value, "excess_low": excess.low, "excess_high": excess.high,
-        "factor_db": float(factor), "factor_db_low": float(low), "factor_db_high": float(high),
-    }  # fmt: skip
+    low, high = np.quantile(drawn, tails) if len(above) > 1 else (math.nan, math.nan)
+    return float(value), float(low), float(high)
 
 
-def verdict(found: dict[str, float], bar: float) -> str:
-    """`unsound`, `sound` or `undecided`, by where the interval of the factor lies."""
+def verdict(found: dict[str, float], share: float, bar: float) -> str:
+    """`unsound`, `sound` or `undecided`, by where the interval of the factor lies; `idle` for a share of 1."""
+    if share > 1 - 1e-9:
+        return "idle"
     if found["factor_db_low"] > bar:
         return "unsound"
     return "sound" if found["factor_db_high"] < bar else "undecided"
+
+
+def strict(value: Any) -> Any:
+    """Plain data for JSON, which has no infinities: they become null, as does what is not a number."""
+    if isinstance(value, dict):
+        return {k: strict(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write(record: dict[str, Any], out: Path) -> None:
+    """The record as a file."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(strict(record), indent=1) + "\n")
 
 
 def main() -> None:
@@ -308,11 +340,10 @@ def main() -> None:
         f"{record['exact']['accuracy']:.4f}; int8 {int8.seconds:.1f} s, PSNR {record['int8']['psnr_median']:.2f}, "
         f"LPIPS {record['int8']['lpips']:.4f}, accuracy {record['int8']['accuracy']:.4f}\n"
         f"{'':26s} {'share':>11s} {'PSNR':>11s} {'to int8':>7s} {'LPIPS':>13s} {'accuracy':>11s}"
-        "  excess of MSE x 1e6    factor in dB",
+        "  excess of MSE x 1e6    factor in dB          gain in dB",
         flush=True,
     )
     longest = 0.0
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     for label, techniques in chosen:
         begun = time.perf_counter()
         if args.budget and begun - started + longest > args.budget:
@@ -320,7 +351,8 @@ def main() -> None:
             continue
         alone, both = bench.run(techniques), bench.run((*techniques, quantised))
         own, pair = alone.errors(exact), both.errors(exact)
-        found = {space: interaction(pair[space], own[space], noise[space]) for space in noise}
+        moved = both.errors(alone)
+        found = {k: interaction(pair[k], own[k], noise[k], moved[k]) for k in noise}
         row = {
             "plan": Plan([*techniques, quantised]).to_dict(),
             "alone": {
@@ -331,15 +363,16 @@ def main() -> None:
                 "share": both.share, "accuracy": bench.accuracy(both), "seconds": both.seconds,
                 **bench.fidelity(both, exact), "to_int8": bench.fidelity(both, int8),
                 "mse": {k: v.tolist() for k, v in pair.items()},
+                "mse_to_cache": {k: v.tolist() for k, v in moved.items()},
             },
-            "interaction": found, "verdict": verdict(found["frames"], args.bar),
+            "interaction": found, "verdict": verdict(found["frames"], alone.share, args.bar),
         }  # fmt: skip
         record["pairs"][label] = row
         longest = max(longest, time.perf_counter() - begun)
         print_row(label, row)
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        write(record, args.out)
     record["seconds"] = time.perf_counter() - started
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    write(record, args.out)
     if record["left_out"]:
         print(f"no time within {args.budget:.0f} s for: {', '.join(record['left_out'])}")
     print(f"{record['seconds']:.0f} s in all")
@@ -353,7 +386,8 @@ def print_row(label: str, row: dict[str, Any]) -> None:
         f"{b['to_int8']['psnr_median']:7.2f} {a['lpips']:6.4f} {b['lpips']:6.4f} "
         f"{a['accuracy']:5.3f} {b['accuracy']:5.3f}  "
         f"{1e6 * f['excess']:+6.0f} [{1e6 * f['excess_low']:+.0f}, {1e6 * f['excess_high']:+.0f}]  "
-        f"{f['factor_db']:+.2f} [{f['factor_db_low']:+.2f}, {f['factor_db_high']:+.2f}] {row['verdict']}",
+        f"{f['factor_db']:+.2f} [{f['factor_db_low']:+.2f}, {f['factor_db_high']:+.2f}]  "
+        f"{f['gain_db']:+.2f} [{f['gain_db_low']:+.2f}, {f['gain_db_high']:+.2f}]  {row['verdict']}",
         flush=True,
     )
 
