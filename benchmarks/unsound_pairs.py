@@ -88,7 +88,7 @@ def contenders(ratios: tuple[float, ...], errors: dict[str, tuple[float, ...]]) 
         ("optimal_schedule order 1", (OptimalSchedule(share=0.5, order=1, delta_order=1),)),
         ("optimal_schedule order 2", (OptimalSchedule(share=0.5, order=2, delta_order=2),)),
         ("frozen_schedule order 1", (FrozenSchedule(share=0.5, order=1),)),
-        ("speca", (SpeCa(threshold=0.008),)),
+        ("speca", (SpeCa(threshold=0.012),)),
         ("first_block_cache", (FirstBlockCache(threshold=0.07),)),
         ("teacache", (TeaCache(threshold=0.018, warmup=2),)),
         ("easycache", (EasyCache(threshold=0.04, warmup=5),)),
