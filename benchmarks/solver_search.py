@@ -110,8 +110,8 @@ def main() -> None:
         out["runs"].append(row)
         (args.out / "solver-search.json").write_text(json.dumps(out, indent=1) + "\n")
         print(
-            f"{label:12s} NFE {row['nfe']} PSNR {row['psnr_median']:.2f} LPIPS {row['lpips']:.5f} p95 {row['lpips_p95']:.4f} "
-            f"accuracy {row['accuracy']:.4f} {row['seconds']:.1f} s", flush=True,
+            f"{label:12s} NFE {row['nfe']} PSNR {row['psnr_median']:.2f} LPIPS {row['lpips']:.5f} "
+            f"p95 {row['lpips_p95']:.4f} accuracy {row['accuracy']:.4f} {row['seconds']:.1f} s", flush=True,
         )  # fmt: skip
 
     measure("exact", Plan([WholeClipDecode()]))

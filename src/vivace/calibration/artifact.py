@@ -148,6 +148,11 @@ def model_hash(pipeline: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def noise_schedule(kind: str, config: Mapping[str, Any]) -> str:
+    """What `Key.scheduler` says of a scheduler class and its settings."""
+    return _settings(kind, config, _NOISE)
+
+
 def _settings(kind: str, config: Mapping[str, Any], names: Iterable[str]) -> str:
     said = [f"{n}={config[n]}" for n in sorted(names) if config.get(n) is not None and config[n] is not False]
     return " ".join([kind, *said])

@@ -389,8 +389,9 @@ def search(
 ) -> tuple[int, ...]:
     """Move one computed step at a time, as long as `tail_error` falls and time is left.
 
-    A clip whose early steps were summarised can turn into another one; the mean over log errors does not see it. Every candidate is fitted and run in closed loop. The last steps move first: candidates share the run up to the
-    first step in which they differ.
+    A clip whose early steps were summarised can turn into another one; the mean over log errors does not see it. Every
+    candidate is fitted and run in closed loop. The last steps move first: candidates share the run up to the first step
+    in which they differ.
     """
     n, sums = len(exact.timesteps), Basis(basis)
     cache: dict[Any, Any] = {}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from vivace.calibration.artifact import key_of
+from vivace.calibration.artifact import key_of, noise_schedule
 from vivace.calibration.solver import COMMAND, SolverFile
 from vivace.core.context import COND, FUSED, UNCOND
 from vivace.core.errors import ConfigError
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 NAME = "fitted_solver"
 _FOLDER = "solvers"
+STEPS = 12
+"""Of a shipped solver, when nothing is said."""
 
 
 @dataclass(slots=True, eq=False)
@@ -53,9 +55,10 @@ class FittedSolver(Technique):
     a few prompts; for the embedded model such files come with Vivace (`steps`).
 
     It stands in for the exact run's own number of steps: a caller who gives another `num_inference_steps` (neither the
-    grid's nor the solver's) or noise levels of his own gets the pipeline's scheduler, and the receipt says `left_alone`.
-    A solver is fitted to the guided output or to both branches' outputs apart, fused or not. At another guidance scale than the fitted one, which the
-    receipt counts as `off_guidance`, and at another shape, it runs, less exactly.
+    grid's nor the solver's) or noise levels of his own gets the pipeline's scheduler, and the receipt says
+    `left_alone`. A solver is fitted to the guided output or to both branches' outputs apart, fused or not. At another
+    guidance scale than the fitted one, which the receipt counts as `off_guidance`, and at another shape, it runs, less
+    exactly. Other weights and another noise schedule are refused.
     """
 
     card: ClassVar[Card] = Card(
@@ -78,19 +81,17 @@ class FittedSolver(Technique):
     )
 
     steps: int | None = None
-    """Evaluations of a solver that comes with Vivace for this model; leave it out with a file."""
+    """Evaluations of the solver: one that comes with Vivace for this model, 12 when left out, or the file's."""
     file: str = ""
     """A solver file of your own."""
 
     @classmethod
     def examples(cls, workdir: Path, pipeline: Any) -> tuple[Self, ...]:
         file = euler(pipeline, grid=8, nodes=(0, 1, 3, 6))
-        return (cls(file=str(file.save(workdir / "solver.json"))),)
+        return (cls(file=str(file.save(workdir / "solver.json"))) if file is not None else cls(),)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.steps is None) == (not self.file):
-            raise ConfigError(f"{NAME}: give either steps (of a solver that comes with Vivace) or a file.")
         if self.steps is not None and (isinstance(self.steps, bool) or self.steps != int(self.steps)):
             raise ConfigError(f"{NAME}: steps must be a whole number, not {self.steps!r}.")
 
@@ -101,18 +102,23 @@ class FittedSolver(Technique):
             ConfigError: there is none; the sentence says what to do.
         """
         if self.file:
-            return SolverFile.load(self.file)
-        found = shipped(model.name)
-        if self.steps not in found:
+            file = SolverFile.load(self.file)
+            if self.steps not in (None, file.steps):
+                raise ConfigError(
+                    f"{NAME}: the file {self.file} has {file.steps} steps and not {self.steps}; leave steps out."
+                )
+            return file
+        steps, found = self.steps or STEPS, shipped(model.name)
+        if steps not in found:
             has = (
                 f"for {model.name} there are {', '.join(map(str, found))}"
                 if found
                 else "none comes with Vivace"
             )
             raise ConfigError(
-                f"no solver of {self.steps} steps is fitted for {model.name} ({has}); make one with `{COMMAND}`."
+                f"no solver of {steps} steps is fitted for {model.name} ({has}); make one with `{COMMAND}`."
             )
-        return found[self.steps]
+        return found[steps]
 
     def missing(self, model: ModelDescription) -> str:
         """Why it cannot serve a model, as far as that is known without its weights."""
@@ -120,13 +126,19 @@ class FittedSolver(Technique):
             found = self.solver(model)
         except ConfigError as error:
             return str(error)
-        if found.key.family != model.family:
+        if found.key.family not in ("", model.family):
             return f"was fitted for the family {found.key.family}, and {model.name} is of {model.family}."
+        has = noise_schedule(model.scheduler_class, model.scheduler)
+        if found.key.scheduler != has:
+            return (
+                f"was fitted for the noise schedule {found.key.scheduler}, and {model.name} has {has}; make one with "
+                f"`{COMMAND}`."
+            )
         return ""
 
     def apply(self, target: Target) -> None:
         found = self.solver(target.model)
-        if target.model_hash and found.key.model_hash != target.model_hash:
+        if found.key.model_hash not in ("", target.model_hash):
             raise ConfigError(
                 f"{NAME}: the solver was fitted for other weights of {target.model.name}; make one for these "
                 f"with `{COMMAND}`."
@@ -260,14 +272,23 @@ def shipped(model: str) -> dict[int, SolverFile]:
     return {s.steps: s for s in sorted(found, key=lambda s: s.steps)}
 
 
-def euler(pipeline: Any, grid: int, nodes: tuple[int, ...]) -> SolverFile:
-    """Euler's steps between the nodes as a solver file for a pipeline: nothing is fitted."""
+def euler(pipeline: Any, grid: int, nodes: tuple[int, ...]) -> SolverFile | None:
+    """Euler's steps between the nodes as a solver file: nothing is fitted, so it holds for any weights.
+
+    None where the noise levels are unknown before the call: shifted by resolution, or none at all.
+    """
     import copy
 
     from vivace.models.describe import describe_pipeline
+    from vivace.techniques.trajectory.placement_math import uniform
 
     scheduler = copy.deepcopy(pipeline.scheduler)
-    scheduler.set_timesteps(grid)
+    if not hasattr(scheduler, "sigmas") or scheduler.config.get("use_dynamic_shifting"):
+        return None
+    if scheduler.config.get("use_flow_sigmas"):
+        scheduler.set_timesteps(grid)
+    else:
+        scheduler.set_timesteps(sigmas=uniform(grid))  # such pipelines hand their levels in
     sigmas = [float(s) for s in scheduler.sigmas]
     model = describe_pipeline(pipeline)
     row, weights = [1.0], []
@@ -275,7 +296,7 @@ def euler(pipeline: Any, grid: int, nodes: tuple[int, ...]) -> SolverFile:
         row = [*row, sigmas[there] - sigmas[here]]
         weights.append(tuple(row))
     return SolverFile(
-        key=key_of(model, pipeline, model.workload().with_(steps=grid)),
+        key=replace(key_of(model, pipeline, model.workload().with_(steps=grid)), model_hash="", family=""),
         nodes=nodes,
         sigmas=tuple(sigmas),
         weights=tuple(weights),
