@@ -37,6 +37,7 @@ SCHEDULE = "optimal_schedule"
 DEVELOPMENT = "world-dev"
 """The embedded model is calibrated on prompts that no reported number uses."""
 COUNT = 4
+SOLVER = "A fitted solver"
 
 
 def calibrate(
@@ -71,16 +72,38 @@ def calibrate(
     verify: Annotated[
         bool,
         typer.Option(
-            help="With --target: count a real run, and correct the threshold where it is over 5 % off."
+            help="Try what was solved or fitted in a real run; a threshold over 5 % off is corrected."
         ),
     ] = True,
     order: Annotated[int, typer.Option(min=0, max=2, help="Degree of the schedule's extrapolation.")] = 0,
     plan_file: Annotated[
         Path | None,
         typer.Option(
-            help="With --target: write what was solved as a plan, ready for --plan.", show_default=False
+            help="With --target or --solver: write the result as a plan, ready for --plan.",
+            show_default=False,
         ),
     ] = None,
+    solver: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Instead: fit a solver of so many evaluations to the exact runs; the file holds it.",
+            show_default=False,
+            rich_help_panel=SOLVER,
+        ),
+    ] = None,
+    search: Annotated[
+        float,
+        typer.Option(min=0.0, help="Seconds of search for where its steps lie.", rich_help_panel=SOLVER),
+    ] = 0.0,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Gauss-Newton steps on its weights; each takes about STEPS^2 / 2 short runs.",
+            rich_help_panel=SOLVER,
+        ),
+    ] = 0,
     seed: options.Seed = 0,
     steps: options.Steps = None,
     frames: options.Frames = None,
@@ -95,7 +118,8 @@ def calibrate(
 
     Runs the exact model on each prompt and writes one small file. An interrupted run goes on behind the last finished
     prompt when the same command is given again. With --target the schedule or threshold is solved on that file, and
-    one more run of a prompt that was not measured shows what it really saves.
+    one more run of a prompt that was not measured shows what it really saves. With --solver a solver is fitted to the
+    exact runs instead.
     """
     from rich.markup import escape
 
@@ -106,7 +130,11 @@ def calibrate(
     from vivace.plans.plan import Plan
 
     wish = _target(target) if target else None
-    if wish is None and (plan_file is not None or technique != SCHEDULE):
+    if solver is not None and (wish is not None or technique != SCHEDULE):
+        raise ConfigError("--solver fits a solver and nothing else; leave --target and --technique out.")
+    if solver is None and (search or rounds):
+        raise ConfigError("--search and --rounds need --solver, for example --solver 12.")
+    if solver is None and wish is None and (plan_file is not None or technique != SCHEDULE):
         option = "--plan-file" if plan_file is not None else "--technique"
         raise ConfigError(f"{option} needs a --target, for example --target speedup=2.")
     # Wrong names and settings are told before anything is run.
@@ -126,6 +154,22 @@ def calibrate(
         threads=threads,
     )
     job = prepare(request, Plan())
+    if solver is not None:
+        from vivace.cli.calibrate_solver import fit_solver
+
+        fit_solver(
+            job,
+            texts,
+            unseen,
+            steps=solver,
+            seed=seed,
+            seconds=search,
+            rounds=rounds,
+            output=output,
+            plan_file=plan_file,
+            verify=verify,
+        )
+        return
     answer: Answer | None = None
     with Outputs() as outputs:
         hidden = outputs.reserve(output)

@@ -1,0 +1,46 @@
+"""`vivace calibrate --solver` on a tiny model in a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vivace.calibration.solver import SolverFile
+from vivace.plans.plan import Plan
+
+SMALL = (
+    *("--steps", "6", "--frames", "5", "--height", "32", "--width", "32"),
+    *("--dtype", "fp32", "--device", "cpu"),
+)
+
+
+def test_a_solver_is_fitted_tried_and_written_as_a_plan(vivace, folder: Path, here: Path) -> None:
+    asked = ("--count", "2", "--solver", "3", "--rounds", "1", "--search", "0.5")
+    run = vivace("calibrate", "-m", str(folder), *SMALL, *asked, "-o", "s.json", "--plan-file", "p.yaml")
+    assert run.code == 0, run.err
+    assert "6 evaluations in the place of 12" in " ".join(run.out.split())
+    made = SolverFile.load(here / "s.json")
+    assert (made.steps, made.key.steps, made.prompts, made.basis) == (3, 6, 2, "pair")
+    (technique,) = Plan.load(here / "p.yaml").techniques
+    assert technique.to_dict()["file"] == "s.json"
+    shot = ("generate", "a red ball", "-m", str(folder), *SMALL, "--plan", "p.yaml", "-o", "clip.mp4")
+    run = vivace(*shot)
+    assert run.code == 0, run.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "phrase"),
+    [
+        (("--solver", "9"), "from 1 to 6"),
+        (("--solver", "3", "--target", "speedup=2"), "leave --target"),
+        (("--rounds", "1"), "need --solver"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_runs(
+    vivace, folder: Path, here: Path, arguments: tuple[str, ...], phrase: str
+) -> None:
+    run = vivace("calibrate", "-m", str(folder), *SMALL, *arguments, "-o", "s.json")
+    assert run.code == 2
+    assert phrase in " ".join(run.err.split())
+    assert not list(here.iterdir())
