@@ -23,7 +23,7 @@ def test_a_solver_is_fitted_tried_and_written_as_a_plan(vivace, folder: Path, he
     made = SolverFile.load(here / "s.json")
     assert (made.steps, made.key.steps, made.prompts, made.basis) == (3, 6, 2, "pair")
     (technique,) = Plan.load(here / "p.yaml").techniques
-    assert technique.to_dict()["file"] == "s.json"
+    assert technique.to_dict()["file"] == str((here / "s.json").resolve())
     shot = ("generate", "a red ball", "-m", str(folder), *SMALL, "--plan", "p.yaml", "-o", "clip.mp4")
     run = vivace(*shot)
     assert run.code == 0, run.err

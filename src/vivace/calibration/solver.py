@@ -7,6 +7,7 @@ trajectory a little, so those two are told and not refused (see `FittedSolver`).
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -64,6 +65,8 @@ class SolverFile:
         each = BASES[self.basis]
         if [len(w) for w in self.weights] != [1 + each * (i + 1) for i in range(k)]:
             raise ValueError(f"{k} computed steps need {k} rows of 1 + {each}, 1 + {2 * each} ... weights")
+        if not all(math.isfinite(w) for row in (*self.weights, self.sigmas) for w in row):
+            raise ValueError("a weight or noise level is no number")
 
     @property
     def steps(self) -> int:

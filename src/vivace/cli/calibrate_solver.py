@@ -91,7 +91,8 @@ def fit_solver(
                 )
             )
         if written is not None:
-            Plan([FittedSolver(file=str(output))], name="fitted").save(written)
+            # The plan may be used from another folder.
+            Plan([FittedSolver(file=str(output.resolve()))], name="fitted").save(written)
     out.print(f"\n[bold]{escape(str(output))}[/]", soft_wrap=True)
     if plan_file is not None:
         out.print(

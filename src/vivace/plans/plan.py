@@ -162,8 +162,9 @@ class Plan:
         items = self.fitted(model).ordered()
         found: list[Problem] = []
         for technique in self.ordered():
-            if technique not in items and technique.card.name in self.optional:
-                why = "; ".join(p.message for p in self._needs(technique, model))
+            why = "; ".join(p.message for p in self._needs(technique, model))
+            # A stand-in that is not needed is no loss, and nothing is said of it.
+            if why and technique not in items and technique.card.name in self.optional:
                 found.append(technique.problem("left out", f"is left out: it {why}", "warning"))
         for name in sorted({t.card.name for t in items}):
             group = [t for t in items if t.card.name == name]

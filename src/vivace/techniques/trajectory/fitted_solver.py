@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 NAME = "fitted_solver"
 _FOLDER = "solvers"
+_SAME = 0.01
+"""Relative difference up to which a guidance scale is the fitted one: it may be read off outputs in bf16."""
 STEPS = 12
 """Of a shipped solver, when nothing is said."""
 
@@ -56,9 +58,9 @@ class FittedSolver(Technique):
 
     It stands in for the exact run's own number of steps: a caller who gives another `num_inference_steps` (neither the
     grid's nor the solver's) or noise levels of his own gets the pipeline's scheduler, and the receipt says
-    `left_alone`. A solver is fitted to the guided output or to both branches' outputs apart, fused or not. At another
-    guidance scale than the fitted one, which the receipt counts as `off_guidance`, and at another shape, it runs, less
-    exactly. Other weights and another noise schedule are refused.
+    `left_alone`. A solver is fitted to the guided output or to both branches' outputs apart, fused or not. Another
+    guidance scale than the fitted one is obeyed, and the receipt counts it as `off_guidance`; there, and at another
+    shape, the solver is less exact. Other weights and another noise schedule are refused.
     """
 
     card: ClassVar[Card] = Card(
@@ -163,6 +165,8 @@ class _Run:
         self.increments = found.increments()
         self.acts = False
         self.index = 0
+        self.extra: float | None = 0.0
+        """The caller's guidance scale less the fitted one; None until the first step shows it."""
 
     @property
     def memory(self) -> Memory:
@@ -202,13 +206,22 @@ class _Run:
                 call["num_inference_steps"] = grid
             out = old(**call)
             self._place()
-            scale = getattr(self.target.pipeline, "guidance_scale", None)
-            if isinstance(scale, (int, float)) and abs(scale - self.found.key.guidance) > 1e-6:
-                self.target.report(NAME, "off_guidance", 1)
+            adapter = self.target.model.adapter
+            name = adapter.guidance_argument if adapter is not None else "guidance_scale"
+            scale = getattr(self.target.pipeline, name, None)
+            self._guided_by(float(scale) if isinstance(scale, (int, float)) else None)
             self.target.report(NAME, "evaluations_saved", grid - found.steps)
             return out
 
         return set_timesteps
+
+    def _guided_by(self, scale: float | None) -> None:
+        """Keep how far the caller's guidance scale is from the fitted one, and tell it."""
+        self.extra = None if scale is None else scale - self.found.key.guidance
+        if self.extra is not None and abs(self.extra) <= _SAME * max(1.0, self.found.key.guidance):
+            self.extra = 0.0
+        if self.extra:
+            self.target.report(NAME, "off_guidance", 1)
 
     def _place(self) -> None:
         """Keep the computed steps of the grid the scheduler has just made."""
@@ -250,8 +263,7 @@ class _Run:
         if not features:
             features.append(sample.float())
         if self.found.basis == "pair":
-            # Without a second branch both are the conditional output.
-            features += [now[COND], now.get(UNCOND, now[COND])]
+            features += self._pair(output.float(), now[COND], now.get(UNCOND))
             now.clear()
         else:
             features.append(output.float())
@@ -261,6 +273,27 @@ class _Run:
             out = out + weight * value
         self.index += 1
         return out.to(sample.dtype)
+
+
+    def _pair(
+        self, output: torch.Tensor, cond: torch.Tensor, uncond: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """What the weights of both branches act on.
+
+        The fitted weights hold the fitted guidance scale. Another one adds (scale - fitted) (cond - uncond) to the
+        guided output, and so to both branches.
+        """
+        if uncond is None or self.found.key.guidance <= 1.0:
+            # Without a second branch, here or in the fit, both are what the scheduler gets.
+            return [output, output]
+        gap = cond - uncond
+        if self.extra is None:
+            # This pipeline does not tell its scale: its first guided output does.
+            size = float(gap.square().sum())
+            self._guided_by(float(((output - uncond) * gap).sum()) / size if size else None)
+        if not self.extra:
+            return [cond, uncond]
+        return [cond + self.extra * gap, uncond + self.extra * gap]
 
 
 @cache
