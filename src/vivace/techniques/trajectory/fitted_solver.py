@@ -274,7 +274,6 @@ class _Run:
         self.index += 1
         return out.to(sample.dtype)
 
-
     def _pair(
         self, output: torch.Tensor, cond: torch.Tensor, uncond: torch.Tensor | None
     ) -> list[torch.Tensor]:
