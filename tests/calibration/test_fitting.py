@@ -54,6 +54,25 @@ def test_all_steps_computed_give_the_exact_run(kind):
     assert torch.allclose(end, states[-1], atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["guided", "pair"])
+def test_a_known_linear_flow_is_landed_on_in_few_steps(kind):
+    """dx/dt = x - 1 from t = 1 down: at all times x - 1 is a multiple of where it began, so one evaluation spans it.
+
+    The trajectory is written down in closed form, not integrated.
+    """
+
+    def flow(x, t):
+        return x - 1.0, x - 1.0
+
+    x = trajectory()[0].double()
+    states = torch.stack([1.0 + torch.exp(s - 1.0) * (x - 1.0) for s in SIGMAS])
+    fit = fit_along(flow, states, TIMES, (0, 3, 6), GUIDANCE, Basis(kind))
+    assert max(fit.errors) < 1e-6
+    fresh = torch.randn(2, 2, 2, 3, 3, generator=torch.Generator().manual_seed(9)).double()
+    end = fit.fitted.run(flow, fresh, TIMES, GUIDANCE)
+    assert torch.allclose(end, 1.0 + float(np.exp(-1.0)) * (fresh - 1.0), atol=1e-6)
+
+
 def euler(nodes):
     row, out = [1.0], []
     for here, there in zip(nodes, [*nodes[1:], N], strict=True):
