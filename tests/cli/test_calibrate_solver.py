@@ -29,6 +29,34 @@ def test_a_solver_is_fitted_tried_and_written_as_a_plan(vivace, folder: Path, he
     assert run.code == 0, run.err
 
 
+def test_the_plan_runs_from_another_folder(vivace, folder: Path, here: Path, monkeypatch) -> None:
+    asked = ("--count", "1", "--solver", "3", "--no-verify")
+    run = vivace("calibrate", "-m", str(folder), *SMALL, *asked, "-o", "s.json", "--plan-file", "p.yaml")
+    assert run.code == 0, run.err
+    assert "in the place of" not in run.out
+    away = here / "away"
+    away.mkdir()
+    monkeypatch.chdir(away)
+    run = vivace("generate", "a ball", "-m", str(folder), *SMALL, "--plan", "../p.yaml", "-o", "clip.mp4")
+    assert run.code == 0, run.err
+
+
+@pytest.mark.parametrize("when", ["recording", "trying"])
+def test_an_interrupt_leaves_nothing(vivace, folder: Path, here: Path, monkeypatch, when: str) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    name = {
+        "recording": "vivace.plans.solver_fitting.fit",
+        "trying": "vivace.cli.calibrate_solver._tried",
+    }[when]
+    monkeypatch.setattr(name, interrupted)
+    asked = ("--count", "1", "--solver", "3", "-o", "new/s.json", "--plan-file", "p.yaml")
+    run = vivace("calibrate", "-m", str(folder), *SMALL, *asked)
+    assert run.code == 130
+    assert not list(here.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "phrase"),
     [

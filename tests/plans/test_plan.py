@@ -164,6 +164,81 @@ def test_explain_and_diff(model):
     assert plan.diff(other) == ["~ early.strength: 0.5 -> 0.7", "+ mild"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Picky(Technique):
+    """Serves a model that it was made for."""
+
+    card: ClassVar[Card] = sample("picky", Stage.TRAJECTORY, claims=(exclusive("sampler.solver"),))
+    made_for: str = ""
+
+    def missing(self, model):
+        return "" if self.made_for == model.name else "was made for another model."
+
+
+@pytest.fixture
+def picky():
+    registry.add(Picky)
+    yield
+    registry.remove("picky")
+
+
+STAND_IN = """
+techniques:
+  - {technique: picky, made_for: NAME, optional: true}
+  - {technique: mild, unless: picky}
+  - early
+"""
+
+
+@pytest.mark.parametrize("ending", ["yaml", "json"])
+def test_a_stand_in_survives_a_file(tmp_path, ending, picky):
+    source = tmp_path / "source.yaml"
+    source.write_text(STAND_IN)
+    plan = Plan.load(source)
+    again = Plan.load(plan.save(tmp_path / f"plan.{ending}"))
+    assert again == plan
+    assert again.unless == {"mild": "picky"}
+    assert again.optional == {"picky"}
+
+
+def test_a_stand_in_stays_where_the_other_is_left_out(tmp_path, model, picky):
+    source = tmp_path / "plan.yaml"
+    source.write_text(STAND_IN)
+    plan = Plan.load(source)
+    assert [t.card.name for t in plan.fitted(model).techniques] == ["mild", "early"]
+    (told,) = plan.check(model)
+    assert (told.technique, told.severity) == ("picky", "warning")
+    assert "left out" in told.message
+    assert "made for another model" in told.message
+
+
+def test_a_stand_in_goes_where_the_other_stays(tmp_path, model, picky):
+    source = tmp_path / "plan.yaml"
+    source.write_text(STAND_IN.replace("NAME", f"'{model.name}'"))
+    plan = Plan.load(source)
+    assert [t.card.name for t in plan.fitted(model).techniques] == ["picky", "early"]
+    assert plan.check(model) == []
+
+
+def test_a_stand_in_that_is_optional_too_goes_in_silence(model, picky):
+    plan = Plan([Picky(made_for=model.name), Mild()], optional=("picky", "mild"), unless={"mild": "picky"})
+    assert [t.card.name for t in plan.fitted(model).techniques] == ["picky"]
+    assert plan.check(model) == []
+
+
+def test_what_a_stand_in_stands_for_must_be_in_the_plan_to_matter(model):
+    plan = Plan([Mild()], unless={"mild": "picky"})
+    assert plan.unless == {}
+    assert [t.card.name for t in plan.fitted(model).techniques] == ["mild"]
+
+
+def test_an_unknown_name_after_unless_is_refused(tmp_path):
+    source = tmp_path / "plan.yaml"
+    source.write_text("techniques: [{technique: mild, unless: erly}]")
+    with pytest.raises(UnknownNameError, match="did you mean early"):
+        Plan.load(source)
+
+
 def test_only_techniques_go_into_a_plan():
     with pytest.raises(ConfigError, match="not str"):
         Plan(["early"])

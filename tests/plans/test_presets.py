@@ -7,6 +7,7 @@ import math
 import pytest
 
 from vivace.models.describe import describe_pipeline
+from vivace.models.loading import describe
 from vivace.plans.plan import Plan, preset_names
 from vivace.plans.session import accelerate
 from vivace.testing.models import BUILDERS, call, pipeline
@@ -54,3 +55,22 @@ def test_preset_runs_with_a_correct_receipt(preset, family):
 def test_presets_have_no_error_on_any_family(preset):
     for family in sorted(BUILDERS):
         Plan.load(preset).check(describe_pipeline(pipeline(family)))
+
+
+@pytest.mark.parametrize(
+    ("model", "kept", "gone"),
+    [
+        ("tiny", "fitted_solver", "optimal_schedule"),
+        ("wan2.1-1.3b", "optimal_schedule", "fitted_solver"),
+    ],
+)
+def test_near_exact_has_the_solver_where_one_is_fitted(model, kept, gone):
+    plan, described = Plan.load("near-exact"), describe(model)
+    names = {t.card.name for t in plan.fitted(described).techniques}
+    assert kept in names
+    assert gone not in names
+    told = [p for p in plan.check(described) if p.technique == gone]
+    if gone == "fitted_solver":
+        assert ["left out" in p.message and "make one" in p.message for p in told] == [True]
+    else:
+        assert told == []

@@ -1,16 +1,14 @@
-"""The fitted solver against diffusers' own Euler run, and its file."""
+"""The fitted solver against diffusers' own Euler run. Its file: tests/calibration/test_solver_file.py."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
 import diffusers
 import pytest
 import torch
 
-from vivace.calibration.solver import SolverFile
 from vivace.core.errors import ConfigError, PlanError
 from vivace.models.describe import describe_pipeline
 from vivace.models.loading import describe
@@ -102,33 +100,6 @@ def test_another_guidance_scale_is_told(file):
     with accelerate(pipeline, Plan([FittedSolver(file=str(file))])) as session:
         run = session("a", seed=0, output_type="latent", guidance_scale=2.0, **CALL)
     assert run.receipt.techniques[0].effects["off_guidance"] == 1
-
-
-def test_the_file_comes_back_as_it_was(file):
-    found = SolverFile.load(file)
-    again = SolverFile.load(found.save(file.with_name("again.json")))
-    assert again == found
-    rows = [[1.0]]
-    for row in found.increments():
-        rows.append([a + b for a, b in zip(row, [*rows[-1], 0.0], strict=True)])
-    for made, kept in zip(rows[1:], found.weights, strict=True):
-        assert made == pytest.approx(kept)
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"format": "other"}, "no fitted solver"),
-        ({"version": 9}, "format 9"),
-        ({"nodes": [0, 3, 1, 6]}, "rise from 0"),
-        ({"weights": [[1.0, 2.0]]}, "rows"),
-        ({"basis": "both"}, "basis"),
-    ],
-)
-def test_a_damaged_file_is_refused(file, change, says):
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(ConfigError, match=says):
-        SolverFile.load(file)
 
 
 def test_steps_that_are_not_the_files_are_refused(file):

@@ -133,7 +133,11 @@ def test_weights_changed_by_the_same_plan_are_the_models_own(tmp_path, other):
     assert receipt.nfe == 2 * len(NODES)
     goal = latents(beside)[0]
     assert not torch.equal(both, alone)
-    print(other, distance(both, goal), distance(alone, goal))
+    assert (
+        distance(both, goal) < 0.1
+    )  # 0.07 and 0.06 measured, as far as the solver alone is from the exact run
+    if other == "lora":  # int8 changes less than the solver does
+        assert distance(both, goal) < 0.5 * distance(alone, goal)
     assert torch.equal(latents(solver)[0], alone)
 
 
