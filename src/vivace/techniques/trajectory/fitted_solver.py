@@ -90,7 +90,14 @@ class FittedSolver(Technique):
     @classmethod
     def examples(cls, workdir: Path, pipeline: Any) -> tuple[Self, ...]:
         file = euler(pipeline, grid=8, nodes=(0, 1, 3, 6))
-        return (cls(file=str(file.save(workdir / "solver.json"))) if file is not None else cls(),)
+        if file is None:
+            return (cls(),)
+        # Guided g is g of the conditional output and 1 - g of the other.
+        g = file.key.guidance
+        weights = tuple((w[0], *(v * share for v in w[1:] for share in (g, 1.0 - g))) for w in file.weights)
+        pair = replace(file, basis="pair", weights=weights)
+        files = (file.save(workdir / "solver.json"), pair.save(workdir / "pair.json"))
+        return tuple(cls(file=str(f)) for f in files)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -259,40 +266,45 @@ class _Run:
         return step
 
     def _next(self, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        features, now = self.memory.features, self.memory.now
+        features, now, change = self.memory.features, self.memory.now, None
         if not features:
             features.append(sample.float())
         if self.found.basis == "pair":
-            features += self._pair(output.float(), now[COND], now.get(UNCOND))
+            cond, uncond = now[COND], now.get(UNCOND)
             now.clear()
+            # Without a second branch, here or in the fit, the conditional output is all there is to weigh.
+            alone = uncond is None or self.found.key.guidance <= 1.0
+            features += [cond, cond if alone else uncond]
+            if uncond is not None:
+                change = self._off_guidance(output.float(), cond, uncond)
         else:
             features.append(output.float())
         # What the step adds to its sample: latents that somebody edited between two steps stay edited.
         out = sample.float()
         for weight, value in zip(self.increments[self.index], features, strict=True):
             out = out + weight * value
+        if change is not None:
+            out = out + change
         self.index += 1
         return out.to(sample.dtype)
 
-    def _pair(
-        self, output: torch.Tensor, cond: torch.Tensor, uncond: torch.Tensor | None
-    ) -> list[torch.Tensor]:
-        """What the weights of both branches act on.
+    def _off_guidance(
+        self, output: torch.Tensor, cond: torch.Tensor, uncond: torch.Tensor
+    ) -> torch.Tensor | None:
+        """What another guidance scale than the fitted one, which the weights of both branches hold, adds to a step.
 
-        The fitted weights hold the fitted guidance scale. Another one adds (scale - fitted) (cond - uncond) to the
-        guided output, and so to both branches.
+        The guided output changes by (scale - fitted) (cond - uncond), and that is integrated by Euler's rule. The
+        fitted weights would not do: single ones are large and cancel each other on the fitted trajectory only.
         """
-        if uncond is None or self.found.key.guidance <= 1.0:
-            # Without a second branch, here or in the fit, both are what the scheduler gets.
-            return [output, output]
         gap = cond - uncond
         if self.extra is None:
             # This pipeline does not tell its scale: its first guided output does.
             size = float(gap.square().sum())
             self._guided_by(float(((output - uncond) * gap).sum()) / size if size else None)
         if not self.extra:
-            return [cond, uncond]
-        return [cond + self.extra * gap, uncond + self.extra * gap]
+            return None
+        nodes, sigmas = (*self.found.nodes, self.found.key.steps), self.found.sigmas
+        return self.extra * (sigmas[nodes[self.index + 1]] - sigmas[nodes[self.index]]) * gap
 
 
 @cache
