@@ -5,14 +5,29 @@ from __future__ import annotations
 import pytest
 
 from vivace.calibration import solve
+from vivace.calibration.solve import Guard
 from vivace.core.errors import ConfigError
+
+
+def share(skipped: list[bool]) -> float:
+    return sum(skipped) / len(skipped)
 
 
 def test_accumulated_change_by_hand() -> None:
     # 0.1 + 0.1 < 0.25, a third would reach it; the step that breaks the bound is computed and starts anew.
-    assert solve.accumulated([0.0] + [0.1] * 6, 0.25) == [False, True, True, False, True, True, False]
-    assert solve.accumulated([0.0] + [0.1] * 6, 9.0, first=2, last=1) == [False] * 2 + [True] * 4 + [False]
-    assert solve.accumulated([0.0] + [0.1] * 6, 9.0, max_skip=1) == [False, True] * 3 + [False]
+    assert solve.accumulated([0.0] + [0.1] * 6, 0.25, Guard()) == [
+        False,
+        True,
+        True,
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert solve.accumulated([0.0] + [0.1] * 6, 9.0, Guard(first=2, last=1)) == [False] * 2 + [True] * 4 + [
+        False
+    ]
+    assert solve.accumulated([0.0] + [0.1] * 6, 9.0, Guard(max_skip=1)) == [False, True] * 3 + [False]
 
 
 def test_magcache_by_hand() -> None:
@@ -35,21 +50,19 @@ def test_magcache_by_hand() -> None:
     assert solve.magcache([1.0, 0.5, 2.0], 0.6, 5, 0.0) == [False, True, True]
 
 
-def test_teacache_rescales_before_it_adds() -> None:
-    change = [0.0] + [0.1] * 5
-    assert solve.teacache([2.0, 0.0], change, 0.45) == solve.accumulated(change, 0.225, 1, 1)
-    # What dips below zero is taken away, so nothing stops it.
-    assert solve.teacache([-2.0, 0.0], change, 0.45) == [False] + [True] * 4 + [False]
+def test_what_dips_below_zero_is_taken_away() -> None:
+    assert solve.accumulated([0.0] + [-0.2] * 5, 0.45, Guard(last=1)) == [False] + [True] * 4 + [False]
+    assert solve.accumulated([0.0, 0.3, -0.2, 0.3, 0.3], 0.45, Guard()) == [False, True, True, True, False]
 
 
 @pytest.mark.parametrize("target", [0.3, 0.5, 0.66])
 def test_threshold_reaches_the_share(target: float) -> None:
     change = [0.0] + [0.05 + 0.001 * i for i in range(99)]
-    found = solve.threshold_for(lambda t: solve.share(solve.accumulated(change, t)), target, 0.1)
-    assert abs(solve.share(solve.accumulated(change, found)) - target) < 0.1
+    found = solve.threshold_for(lambda t: share(solve.accumulated(change, t, Guard())), target, 0.1)
+    assert abs(share(solve.accumulated(change, found, Guard())) - target) < 0.1
     # It does not sit on the edge of its stair.
     for near in (0.999, 1.001):
-        assert solve.accumulated(change, found * near) == solve.accumulated(change, found)
+        assert solve.accumulated(change, found * near, Guard()) == solve.accumulated(change, found, Guard())
 
 
 def test_the_middle_of_a_narrow_stair() -> None:
@@ -75,14 +88,14 @@ def test_easycache_by_hand() -> None:
     n = 7
     inputs = [[float(t - s) for s in range(t)] for t in range(n)]
     outputs = [[0.5 * (t - s) for s in range(t)] for t in range(n)]
-    found = solve.easycache(inputs, outputs, [2.0] * n, 0.6, first=1, last=0)
+    found = solve.easycache(inputs, outputs, [2.0] * n, 0.6, Guard())
     # The first two steps are computed whatever the warm-up: before, there is no rate. Then 0.25 + 0.25 < 0.6.
     assert found == [False, False, True, True, False, True, True]
 
 
 def test_first_block_by_hand() -> None:
     change = [[0.1 * (t - s) for s in range(t)] for t in range(8)]
-    found = solve.first_block(change, 0.25, first=1, last=1, max_skip=4, starts=(0, 4))
+    found = solve.first_block(change, 0.25, Guard(1, 1, 4, (0, 4)))
     assert found == [False, True, True, False, False, True, True, False]
 
 
@@ -93,7 +106,7 @@ def test_threshold_of_a_known_curve() -> None:
 def test_an_unreachable_share_is_refused_with_the_nearest() -> None:
     ratio = [1.0] + [0.99] * 19
     with pytest.raises(ConfigError, match="nearest is 40%"):
-        solve.threshold_for(lambda t: solve.share(solve.magcache(ratio, t, 1, 0.2)), 0.8, 0.05)
+        solve.threshold_for(lambda t: share(solve.magcache(ratio, t, 1, 0.2)), 0.8, 0.05)
 
 
 def test_speedup_as_a_share() -> None:

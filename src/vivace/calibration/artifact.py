@@ -148,6 +148,35 @@ def model_hash(pipeline: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def content(path: str | Path, what: str, form: str, version: int, command: str) -> dict[str, Any]:
+    """The table in one of our JSON files, after its head has been checked.
+
+    Args:
+        path: the file.
+        what: it holds, for people.
+        form, version: the head's `format` and `version`.
+        command: what makes such a file.
+
+    Raises:
+        ConfigError: there is no such file, or it is something else; the sentence says what to do.
+    """
+    path = Path(path)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no {what} {path}; make it with `{command} -o {path}`.") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as a {what} ({error}).") from None
+    if not isinstance(data, dict) or data.get("format") != form:
+        raise ConfigError(f"{path} is no {what}; make one with `{command}`.")
+    if data.get("version") != version:
+        raise ConfigError(
+            f"{path} has format {data.get('version')} and this Vivace reads {version}; "
+            f"make it again with `{command}`."
+        )
+    return data
+
+
 def noise_schedule(kind: str, config: Mapping[str, Any]) -> str:
     """What `Key.scheduler` says of a scheduler class and its settings."""
     return _settings(kind, config, _NOISE)
@@ -286,22 +315,7 @@ class Calibration:
         Raises:
             ConfigError: there is no such file, or it is no artefact of this version; the sentence says what to do.
         """
-        path = Path(path)
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(
-                f"there is no calibration {path}; make it with `{COMMAND} -o {path}`."
-            ) from None
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} cannot be read as a calibration ({error}).") from None
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ConfigError(f"{path} is no calibration; make one with `{COMMAND}`.")
-        if data.get("version") != VERSION:
-            raise ConfigError(
-                f"{path} has format {data.get('version')} and this Vivace reads {VERSION}; "
-                f"make it again with `{COMMAND}`."
-            )
+        data = content(path, "calibration", FORMAT, VERSION, COMMAND)
         try:
             return cls._from(data)
         except (TypeError, KeyError, ValueError, AttributeError) as error:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Pair = Callable[["torch.Tensor", "torch.Tensor"], "tuple[torch.Tensor, torch.Tensor]"]
 """(sample, timestep) to the network's (conditional, unconditional) outputs."""
 
-KINDS = ("guided", "guided-channel", "pair", "pair-channel")
+KINDS = ("guided", "pair")
 _RIDGE = 1e-10
 """Of the mean diagonal of the normal equations: features are nearly parallel, and rounding must not be fitted."""
 
@@ -35,7 +35,7 @@ class Basis:
     """What a step is a sum of: the starting noise and the guided outputs, or both branches' outputs apart.
 
     Attributes:
-        kind: one of `KINDS`; `-channel` fits weights for each latent channel.
+        kind: one of `KINDS`.
     """
 
     kind: str = "guided"
@@ -44,21 +44,16 @@ class Basis:
         if self.kind not in KINDS:
             raise ConfigError(f"'{self.kind}' is no basis; choose from {', '.join(KINDS)}.")
 
-    @property
-    def channels(self) -> bool:
-        """Whether every channel has weights of its own."""
-        return self.kind.endswith("-channel")
-
     def features(self, cond: torch.Tensor, uncond: torch.Tensor, guidance: float) -> list[torch.Tensor]:
         """What one evaluation adds."""
-        if self.kind.startswith("pair"):
+        if self.kind == "pair":
             return [cond, uncond]
         return [uncond + guidance * (cond - uncond)]
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A fitted solver: steps of the exact grid that are computed, and (C or 1, F_k) float64 weights of every step."""
+    """A fitted solver: steps of the exact grid that are computed, and (F_k,) float64 weights of every step."""
 
     nodes: tuple[int, ...]
     basis: Basis
@@ -72,10 +67,6 @@ class Fitted:
             x = combined(weights, features)
         return x
 
-    def to_lists(self) -> list[list[list[float]]]:
-        """The weights as plain data."""
-        return [w.tolist() for w in self.weights]
-
 
 @dataclass(frozen=True, slots=True)
 class Fit:
@@ -87,34 +78,25 @@ class Fit:
 
 
 def combined(weights: torch.Tensor, features: Sequence[torch.Tensor]) -> torch.Tensor:
-    """sum_f w_f features_f with weights (C or 1, F), in float32."""
-    shape = (1, -1, *[1] * (features[0].ndim - 2))
-    out = None
-    for f, value in enumerate(features):
-        term = weights[:, f].to(value.device, value.dtype).reshape(shape) * value
-        out = term if out is None else out + term
-    assert out is not None
+    """sum_f w_f features_f with weights (F,), in the features' type."""
+    out = float(weights[0]) * features[0]
+    for weight, value in zip(weights.tolist()[1:], features[1:], strict=True):
+        out = out + weight * value
     return out
 
 
 def least_squares(
-    features: Sequence[torch.Tensor], goal: torch.Tensor, channels: bool, ridge: float = _RIDGE
+    features: Sequence[torch.Tensor], goal: torch.Tensor, ridge: float = _RIDGE
 ) -> torch.Tensor:
-    """(C or 1, F) float64 weights on the CPU: the least squares fit of `goal` by `features`, all (B, C, ...)."""
+    """(F,) float64 weights on the CPU: the least squares fit of `goal` by `features`, all (B, C, ...)."""
     import torch
 
-    def rows(x: torch.Tensor) -> torch.Tensor:
-        x = x.transpose(0, 1).flatten(1).double()
-        return x if channels else x.reshape(1, -1)
-
-    table = torch.stack([rows(f) for f in features], 1)
-    normal, right = table @ table.transpose(1, 2), (table @ rows(goal)[..., None])
-    normal, right = normal.cpu(), right.cpu()
-    scale = normal.diagonal(dim1=1, dim2=2).clamp_min(1e-300).sqrt()
+    table = torch.stack([f.flatten() for f in features]).double()
+    normal, right = (table @ table.T).cpu(), (table @ goal.flatten().double()).cpu()
     # Features of unit length, so that the ridge weighs all of them alike.
-    normal = normal / (scale[:, :, None] * scale[:, None, :])
-    normal = normal + ridge * torch.eye(normal.shape[-1], dtype=normal.dtype)
-    return torch.linalg.solve(normal, right / scale[..., None])[..., 0] / scale
+    scale = normal.diagonal().clamp_min(1e-300).sqrt()
+    normal = normal / (scale[:, None] * scale) + ridge * torch.eye(len(scale), dtype=normal.dtype)
+    return torch.linalg.solve(normal, right / scale) / scale
 
 
 def fit_along(
@@ -155,7 +137,7 @@ def fit_along(
                 cache[key] = known
         features = features + known
         goal = states[nodes[k + 1] if k + 1 < len(nodes) else n]
-        w = least_squares(features, goal, basis.channels)
+        w = least_squares(features, goal)
         x = combined(w, features)
         weights.append(w)
         errors.append(float((x - goal).norm() / goal.norm()))
@@ -195,9 +177,8 @@ def refine(
     residual = ((base.end - goal) / norm).flatten().double()
     columns: list[torch.Tensor] = []
     for k, turn in enumerate(turns):
-        for i in range(0, turn.shape[-1], together):
-            part = turn[..., i : i + together]
-            moved = base.moved(k, [part[..., j] for j in range(part.shape[-1])])
+        for i in range(0, len(turn), together):
+            moved = base.moved(k, list(turn[:, i : i + together].T))
             columns += [((end - base.end) / norm).flatten().float() for end in moved]
     jacobian = torch.stack(columns, 1)
     normal = (jacobian.T @ jacobian).double().cpu()
@@ -208,7 +189,7 @@ def refine(
     for share in (1.0, 0.5, 0.25):
         at, weights = 0, []
         for k, turn in enumerate(turns):
-            size = turn.shape[-1]
+            size = len(turn)
             weights.append(fitted.weights[k] + share * (turn @ step[at : at + size]))
             at += size
         trial = Fitted(fitted.nodes, fitted.basis, tuple(weights))
@@ -237,7 +218,7 @@ class _Walk:
         self.end = x
 
     def directions(self, k: int, states: torch.Tensor) -> torch.Tensor:
-        """(1, F, F) moves of step k's weights: uncorrelated, each moving the sample by as much as the step is off."""
+        """(F, F), moves of step k's weights as columns: uncorrelated, each as large as the step is off."""
         import torch
 
         nodes = self.fitted.nodes
@@ -246,10 +227,10 @@ class _Walk:
         table = torch.stack([f.flatten() for f in self.known[k]]).double()
         values, vectors = torch.linalg.eigh((table @ table.T).cpu())
         values = values.clamp_min(values.max() * _RIDGE)
-        return (vectors / values.sqrt() * off.cpu())[None]
+        return vectors / values.sqrt() * off.cpu()
 
     def moved(self, k: int, moves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Final latents of runs whose step k has weights moved by each of `moves` (1, F)."""
+        """Final latents of runs whose step k has weights moved by each of `moves` (F,)."""
         import torch
 
         fitted, count = self.fitted, len(moves)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -24,33 +25,43 @@ Pairs = Sequence[Sequence[float]]
 """[step][earlier step]: how far a step is from each step before it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """Where a policy is not asked.
+
+    Attributes:
+        first, last: steps at the ends that are always computed.
+        max_skip: longest run of skipped steps; 0 for no limit.
+        starts: steps at which an expert begins.
+    """
+
+    first: int = 1
+    last: int = 0
+    max_skip: int = 0
+    starts: Sequence[int] = (0,)
+
+
 def walk(
     steps: int,
+    guard: Guard,
     reuse: Callable[[int, int], bool],
     computed: Callable[[int, int | None], None] | None = None,
-    *,
-    first: int = 1,
-    last: int = 0,
-    max_skip: int = 0,
-    starts: Sequence[int] = (0,),
 ) -> list[bool]:
     """The engine's loop over the steps of one sample.
 
     Args:
         steps: number of steps.
+        guard: where the policy is not asked.
         reuse: (step, last computed step) -> whether the policy reuses; asked only where it may.
         computed: (step, last computed step of the same expert or None), called for every computed step.
-        first, last: steps at the ends that are always computed.
-        max_skip: longest run of skipped steps; 0 for no limit.
-        starts: steps at which an expert begins.
     """
     out: list[bool] = []
     known: int | None = None
     run = 0
     for step in range(steps):
-        if step in starts:
+        if step in guard.starts:
             known, run = None, 0
-        free = known is not None and first <= step < steps - last and (not max_skip or run < max_skip)
+        free = guard.first <= step < steps - guard.last and (not guard.max_skip or run < guard.max_skip)
         if free and known is not None and reuse(step, known):
             run += 1
             out.append(True)
@@ -100,42 +111,16 @@ def magcache(
     return out
 
 
-def teacache(
-    polynomial: Sequence[float],
-    time_change: Sequence[float],
-    threshold: float,
-    first: int = 1,
-    last: int = 1,
-    max_skip: int = 0,
-    starts: Sequence[int] = (0,),
-) -> list[bool]:
-    """TeaCache (arXiv 2411.19108): the change of the time embedding, rescaled by a polynomial, is accumulated.
+def accumulated(change: Sequence[float], threshold: float, guard: Guard) -> list[bool]:
+    """A policy that skips while changes from step to step add up to less than a threshold: TeaCache (arXiv 2411.19108).
 
-    What the polynomial gives is added as it is: where a fit dips below zero it takes away from the sum.
-
-    Args:
-        polynomial: coefficients, highest power first.
-        time_change: relative L1 change from the step before, one a step.
-        threshold: bound of the accumulated change.
-        first, last, max_skip, starts: as in `walk`.
-    """
-    return accumulated(np.polyval(polynomial, time_change).tolist(), threshold, first, last, max_skip, starts)
-
-
-def accumulated(
-    change: Sequence[float],
-    threshold: float,
-    first: int = 1,
-    last: int = 0,
-    max_skip: int = 0,
-    starts: Sequence[int] = (0,),
-) -> list[bool]:
-    """Any policy that skips while the changes from step to step add up to less than a threshold.
+    TeaCache's changes are a polynomial of the time embedding's. They are added as they are: where a fit dips below
+    zero it takes away from the sum.
 
     Args:
         change: one a step; the first is not used.
         threshold: bound of the sum since the last computed step.
-        first, last, max_skip, starts: as in `walk`.
+        guard: where the policy is not asked.
     """
     total = 0.0
 
@@ -150,43 +135,22 @@ def accumulated(
         nonlocal total
         total = 0.0
 
-    return walk(len(change), reuse, computed, first=first, last=last, max_skip=max_skip, starts=starts)
+    return walk(len(change), guard, reuse, computed)
 
 
-def first_block(
-    change: Pairs,
-    threshold: float,
-    first: int = 2,
-    last: int = 1,
-    max_skip: int = 4,
-    starts: Sequence[int] = (0,),
-) -> list[bool]:
+def first_block(change: Pairs, threshold: float, guard: Guard) -> list[bool]:
     """First-block cache: a step is skipped when its first block is near that of the last computed step.
 
     Args:
         change: relative L1 change of the first block's residual, [step][earlier step].
         threshold: bound of that change.
-        first, last, max_skip, starts: as in `walk`.
+        guard: where the policy is not asked.
     """
-    return walk(
-        len(change),
-        lambda step, known: change[step][known] < threshold,
-        first=first,
-        last=last,
-        max_skip=max_skip,
-        starts=starts,
-    )
+    return walk(len(change), guard, lambda step, known: change[step][known] < threshold)
 
 
 def easycache(
-    inputs: Pairs,
-    outputs: Pairs,
-    sizes: Sequence[float],
-    threshold: float,
-    first: int = 10,
-    last: int = 1,
-    max_skip: int = 0,
-    starts: Sequence[int] = (0,),
+    inputs: Pairs, outputs: Pairs, sizes: Sequence[float], threshold: float, guard: Guard
 ) -> list[bool]:
     """EasyCache (arXiv 2507.02860): the input's change times the rate of the last two computed steps is accumulated.
 
@@ -194,7 +158,7 @@ def easycache(
         inputs, outputs: mean |difference| of the network's inputs and outputs, [step][earlier step].
         sizes: mean |output|, one a step.
         threshold: bound of the accumulated change, relative to the last computed output.
-        first, last, max_skip, starts: as in `walk`.
+        guard: where the policy is not asked.
     """
     total, rate = 0.0, math.inf
 
@@ -211,7 +175,7 @@ def easycache(
         total = 0.0
         rate = math.inf if known is None else outputs[step][known] / max(inputs[step][known], 1e-30)
 
-    return walk(len(sizes), reuse, computed, first=first, last=last, max_skip=max_skip, starts=starts)
+    return walk(len(sizes), guard, reuse, computed)
 
 
 def mask_error(
@@ -251,11 +215,6 @@ def mask_error(
             rows[step, n + known : n + step] += (guidance - 1.0) * strides[known:step]
     whole = strides @ rows
     return float(np.sqrt(max(float(whole @ gram @ whole), 0.0)))
-
-
-def share(skipped: Sequence[bool]) -> float:
-    """Share of skipped steps."""
-    return sum(skipped) / len(skipped) if skipped else 0.0
 
 
 def share_for_speedup(speedup: float) -> float:

@@ -10,9 +10,9 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-from vivace.calibration.artifact import Key
+from vivace.calibration.artifact import Key, content
 from vivace.core.errors import ConfigError
 
 FORMAT = "vivace-solver"
@@ -105,35 +105,7 @@ class SolverFile:
         Raises:
             ConfigError: there is no such file, or it is no solver of this version; the sentence says what to do.
         """
-        path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise ConfigError(
-                f"there is no solver file {path}; make it with `{COMMAND} -o {path}`."
-            ) from None
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} cannot be read as a solver ({error}).") from None
-        return cls.parse(text, str(path))
-
-    @classmethod
-    def parse(cls, text: str, where: str) -> Self:
-        """A solver from a file's text.
-
-        Raises:
-            ConfigError: see `load`.
-        """
-        try:
-            data: Any = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"{where} cannot be read as a solver ({error}).") from None
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ConfigError(f"{where} is no fitted solver; make one with `{COMMAND}`.")
-        if data.get("version") != VERSION:
-            raise ConfigError(
-                f"{where} has format {data.get('version')} and this Vivace reads {VERSION}; "
-                f"make it again with `{COMMAND}`."
-            )
+        data = content(path, "fitted solver", FORMAT, VERSION, COMMAND)
         try:
             values = {k: v for k, v in data.items() if k not in ("format", "version")}
             values["key"] = Key(**values["key"])
@@ -142,4 +114,4 @@ class SolverFile:
             values["weights"] = tuple(tuple(float(w) for w in row) for row in values["weights"])
             return cls(**values)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise ConfigError(f"{where} is damaged ({error}); make it again with `{COMMAND}`.") from None
+            raise ConfigError(f"{path} is damaged ({error}); make it again with `{COMMAND}`.") from None

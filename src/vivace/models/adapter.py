@@ -265,6 +265,17 @@ class ModelDescription:
         )
         return base.with_(**{k: v for k, v in changes.items() if v is not None})
 
+    def asked(self, call: Mapping[str, Any]) -> Workload:
+        """The workload of a call of the pipeline; what it leaves out is the default."""
+        scale = self.adapter.guidance_argument if self.adapter else "guidance_scale"
+        return self.workload(
+            frames=call.get("num_frames"),
+            height=call.get("height"),
+            width=call.get("width"),
+            steps=call.get("num_inference_steps"),
+            guidance=call.get(scale),
+        )
+
     def grid(self, workload: Workload) -> TokenGrid | None:
         """Token grid of a workload; None without an adapter."""
         return self.adapter.grid(self, workload) if self.adapter else None

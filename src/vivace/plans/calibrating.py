@@ -324,14 +324,7 @@ def calibrate(
     if not prompts:
         raise ConfigError("a calibration needs at least one prompt.")
     model = model or describe_pipeline(pipeline)
-    scale = model.adapter.guidance_argument if model.adapter else "guidance_scale"
-    workload = model.workload(
-        frames=call.get("num_frames"),
-        height=call.get("height"),
-        width=call.get("width"),
-        steps=call.get("num_inference_steps"),
-        guidance=call.get(scale),
-    )
+    workload = model.asked(call)
     if workload.steps < LEAST_STEPS:
         raise ConfigError(
             f"{workload.steps} steps leave nothing to compare; calibrate with {LEAST_STEPS} steps or more."

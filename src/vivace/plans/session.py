@@ -113,7 +113,8 @@ class Session:
             )
         adapter = for_module(next(iter(modules.values())))
         plan = self.plan.ordered()
-        if any(t.card.calibration != "none" for t in plan):
+        whole = not any(p.is_meta for m in modules.values() for p in m.parameters())
+        if whole and any(t.card.calibration != "none" for t in plan):
             from vivace.calibration.artifact import model_hash
 
             self._model_hash = model_hash(self.pipeline)

@@ -246,14 +246,7 @@ def record(
     if not prompts:
         raise ConfigError("fitting a solver needs at least one prompt.")
     model = model or describe_pipeline(pipeline)
-    scale = model.adapter.guidance_argument if model.adapter else "guidance_scale"
-    workload = model.workload(
-        frames=call.get("num_frames"),
-        height=call.get("height"),
-        width=call.get("width"),
-        steps=call.get("num_inference_steps"),
-        guidance=call.get(scale),
-    )
+    workload = model.asked(call)
     call = {"num_inference_steps": workload.steps, "output_type": "latent"} | call
     key = key_of(model, pipeline, workload)
     given = list(seeds) if seeds is not None else [seed + i for i in range(len(prompts))]
@@ -362,8 +355,8 @@ def fit(
 
 
 def rows(fitted: Fitted) -> tuple[tuple[float, ...], ...]:
-    """The weights of a solver whose channels share them."""
-    return tuple(tuple(w[0].tolist()) for w in fitted.weights)
+    """The weights of a solver as plain data."""
+    return tuple(tuple(w.tolist()) for w in fitted.weights)
 
 
 def error_of(exact: Exact, end: torch.Tensor) -> float:

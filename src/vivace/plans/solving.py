@@ -142,20 +142,19 @@ class Simulator:
 
     def _masks(self, threshold: float) -> list[list[bool]]:
         t, n, made = self.technique, self.steps, self.made
-        first, last, most, starts = t.head_steps(n), t.tail_steps(n), t.max_consecutive, made.starts
+        guard = solve.Guard(t.head_steps(n), t.tail_steps(n), t.max_consecutive, made.starts)
         if isinstance(t, TeaCache):
-            return [solve.accumulated(self._change, threshold, first, last, most, starts)]
+            return [solve.accumulated(self._change, threshold, guard)]
         if isinstance(t, MagCache):
             ratios = nearest(t.ratios, n) if t.ratios else made.joined("cond", "residual_ratio")
-            return [solve.magcache(ratios, threshold, most, t.retention, t.warmup, last, starts)]
-        if isinstance(t, FirstBlockCache):
             return [
-                solve.first_block(s.first_block, threshold, first, last, most, starts) for s in made.signals
+                solve.magcache(
+                    ratios, threshold, guard.max_skip, t.retention, t.warmup, guard.last, guard.starts
+                )
             ]
-        return [
-            solve.easycache(s.inputs, s.outputs, s.sizes, threshold, first, last, most, starts)
-            for s in made.signals
-        ]
+        if isinstance(t, FirstBlockCache):
+            return [solve.first_block(s.first_block, threshold, guard) for s in made.signals]
+        return [solve.easycache(s.inputs, s.outputs, s.sizes, threshold, guard) for s in made.signals]
 
 
 def technique_for(text: str, calibration: str | Path) -> CacheTechnique:

@@ -270,7 +270,10 @@ class Target:
     chosen: Callable[[Choice], None]
     """Tell the receipt which kernel was chosen and why."""
     model_hash: str = ""
-    """Of the weights before any technique touched them; asked for only where a calibrated technique is in the plan."""
+    """Of the weights before any technique touched them.
+
+    Empty where no technique of the plan is calibrated, and where the weights are not all in memory (offloaded).
+    """
 
     @property
     def scheduler(self) -> Any:

@@ -13,10 +13,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from vivace.calibration.artifact import Calibration, Key, model_hash
+from vivace.calibration.artifact import Calibration, Key
 from vivace.core.errors import ConfigError, PlanError
 from vivace.core.shapes import TokenGrid
-from vivace.models.adapter import EXPERTS, Guidance, ModelDescription, RootCall
+from vivace.models.adapter import Guidance, ModelDescription, RootCall
 from vivace.techniques.base import Target, Technique
 from vivace.techniques.caching.votes import quantised
 
@@ -45,8 +45,8 @@ def complaint(path: str, model: ModelDescription) -> str | None:
 def bind(technique: Technique, path: str, target: Target) -> None:
     """Refuse a calibration that was made for other weights, and watch every first step for its shape and guidance.
 
-    Weights that another technique has quantised are not compared: they are other values than the calibrated
-    ones by design, and rounding changes the curves little.
+    Quantised weights are not compared: rounding changes the curves little. Weights that a technique of the plan puts in
+    place (a LoRA) count as the model they were put into.
 
     Raises:
         PlanError: other weights (at once), or another shape or guidance (from the first step of a run).
@@ -57,8 +57,9 @@ def bind(technique: Technique, path: str, target: Target) -> None:
         if problems := made.problems(key, BINDING):
             raise PlanError([technique.problem("calibration", p) for p in problems])
 
-    if _comparable(target):
-        refuse(dataclasses.replace(made.key, model_hash=model_hash(target.pipeline)))
+    # A checkpoint that came quantised holds other values than the calibrated one by design.
+    if target.model_hash and not any(quantised(e) for e in target.experts):
+        refuse(dataclasses.replace(made.key, model_hash=target.model_hash))
     seen = -1
 
     def handler(call: RootCall, run: Callable[[RootCall], torch.Tensor]) -> torch.Tensor:
@@ -70,14 +71,6 @@ def bind(technique: Technique, path: str, target: Target) -> None:
 
     for expert in target.experts:
         target.around_expert(expert, handler)
-
-
-def _comparable(target: Target) -> bool:
-    """Whether the weights are all there and as they were loaded."""
-    if any(quantised(e) for e in target.experts):
-        return False
-    modules = [m for name in EXPERTS if (m := getattr(target.pipeline, name, None)) is not None]
-    return not any(p.is_meta for m in modules for p in m.parameters())
 
 
 def _key_now(key: Key, target: Target) -> Key:

@@ -147,7 +147,7 @@ class FittedSolver(Technique):
 
     def apply(self, target: Target) -> None:
         found = self.solver(target.model)
-        if found.key.model_hash not in ("", target.model_hash):
+        if found.key.model_hash and target.model_hash and found.key.model_hash != target.model_hash:
             raise ConfigError(
                 f"{NAME}: the solver was fitted for other weights of {target.model.name}; make one for these "
                 f"with `{COMMAND}`."
@@ -196,21 +196,16 @@ class _Run:
         grid, found = self.found.key.steps, self.found
 
         def set_timesteps(*args: Any, **kwargs: Any) -> Any:
-            from vivace.techniques.trajectory.placement_math import is_uniform, uniform
+            from vivace.techniques.trajectory.placement_math import ask_for, asked_steps
 
             call = signature.bind(*args, **kwargs).arguments
-            given = call.get("sigmas")
-            asked = len(given) if given is not None else call.get("num_inference_steps")
-            own = call.get("timesteps") is not None or (given is not None and not is_uniform(given))
+            asked = asked_steps(call)
             users = self.target.clock.steps_are_the_users and asked not in (grid, found.steps)
-            self.acts, self.index = not own and not users, 0
+            self.acts, self.index = asked is not None and not users, 0
             if not self.acts:
                 self.target.report(NAME, "left_alone", 1)
                 return old(*args, **kwargs)
-            if given is not None:
-                call["sigmas"] = uniform(grid)
-            if call.get("num_inference_steps") is not None:
-                call["num_inference_steps"] = grid
+            ask_for(call, grid)
             out = old(**call)
             self._place()
             adapter = self.target.model.adapter
@@ -310,9 +305,8 @@ class _Run:
 @cache
 def shipped(model: str) -> dict[int, SolverFile]:
     """The solvers that come with Vivace for a model, by number of evaluations."""
-    folder = resources.files("vivace.techniques.trajectory").joinpath(_FOLDER)
-    files = [f for f in folder.iterdir() if f.name.startswith(f"{model}-") and f.name.endswith(".json")]
-    found = [SolverFile.parse(f.read_text(encoding="utf-8"), f.name) for f in files]
+    with resources.as_file(resources.files("vivace.techniques.trajectory").joinpath(_FOLDER)) as folder:
+        found = [SolverFile.load(file) for file in folder.glob(f"{model}-*.json")]
     return {s.steps: s for s in sorted(found, key=lambda s: s.steps)}
 
 

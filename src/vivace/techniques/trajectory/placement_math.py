@@ -7,6 +7,7 @@ the straight path x = (1 - sigma) x0 + sigma noise.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,22 @@ def is_uniform(sigmas: Any) -> bool:
     """
     given = np.asarray(sigmas, dtype=np.float64)
     return given.ndim == 1 and len(given) > 0 and np.allclose(given, uniform(len(given)), rtol=0, atol=1e-6)
+
+
+def asked_steps(call: Mapping[str, Any]) -> int | None:
+    """How many steps arguments of a scheduler's `set_timesteps` ask for; None when they are somebody's own schedule."""
+    given = call.get("sigmas")
+    if call.get("timesteps") is not None or (given is not None and not is_uniform(given)):
+        return None
+    return len(given) if given is not None else call.get("num_inference_steps")
+
+
+def ask_for(call: dict[str, Any], steps: int) -> None:
+    """Put a number of steps into such arguments, in the form in which they are."""
+    if call.get("sigmas") is not None:
+        call["sigmas"] = uniform(steps)
+    if call.get("num_inference_steps") is not None:
+        call["num_inference_steps"] = steps
 
 
 def jump_costs(velocities: Any, sigmas: Any) -> Levels:

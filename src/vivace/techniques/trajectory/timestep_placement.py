@@ -166,12 +166,14 @@ class TimestepPlacement(Technique):
 
         def make(old: Callable[..., Any]) -> Callable[..., Any]:
             def set_timesteps(*args: Any, **kwargs: Any) -> Any:
+                from vivace.techniques.trajectory.placement_math import ask_for, asked_steps
+
                 call = signature.bind(*args, **kwargs)
-                steps = self._number(call.arguments, target.clock.steps_are_the_users)
+                steps = self._number(asked_steps(call.arguments), target.clock.steps_are_the_users)
                 levels = None if steps is None else self.levels(steps)
                 if levels is None:
                     return old(*args, **kwargs)
-                _ask_for(call.arguments, len(levels))
+                ask_for(call.arguments, len(levels))
                 out = old(*call.args, **call.kwargs)
                 _place(scheduler, levels, call.arguments.get("device"))
                 target.report(NAME, "levels_placed", len(levels))
@@ -181,30 +183,16 @@ class TimestepPlacement(Technique):
 
         target.edit.wrap(scheduler, make, "set_timesteps")
 
-    def _number(self, call: dict[str, Any], users: bool) -> int | None:
-        """Steps to make under these arguments of `set_timesteps`; None when they are the caller's own schedule."""
-        from vivace.techniques.trajectory.placement_math import is_uniform
-
-        given = call.get("sigmas")
-        if call.get("timesteps") is not None or (given is not None and not is_uniform(given)):
-            return None
-        asked = len(given) if given is not None else call.get("num_inference_steps")
-        return asked if users else self.steps or len(self.sigmas) or asked
+    def _number(self, asked: int | None, users: bool) -> int | None:
+        """Steps to make where so many are asked for; None when that is the caller's own schedule."""
+        if asked is None or users:
+            return asked
+        return self.steps or len(self.sigmas) or asked
 
     def estimate(self, model: ModelDescription, workload: Workload, base: Estimate) -> Estimate:
         """Exact: every step costs the same."""
         steps = self.steps or len(self.sigmas)
         return base.scaled(steps / workload.steps) if steps else base
-
-
-def _ask_for(call: dict[str, Any], steps: int) -> None:
-    """Put a number of steps into the arguments of `set_timesteps`, in the form in which they are."""
-    from vivace.techniques.trajectory.placement_math import uniform
-
-    if call.get("sigmas") is not None:
-        call["sigmas"] = uniform(steps)
-    if call.get("num_inference_steps") is not None:
-        call["num_inference_steps"] = steps
 
 
 def _place(scheduler: Any, levels: Any, device: Any) -> None:
