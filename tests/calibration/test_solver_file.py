@@ -102,7 +102,12 @@ def test_a_damaged_file_is_refused(tmp_path, change, says):
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(None, "there is no fitted solver"), (b"{", "cannot be read"), (b"[1]", "no fitted"), (b"\xff", "cannot")],
+    [
+        (None, "there is no fitted solver"),
+        (b"{", "cannot be read"),
+        (b"[1]", "no fitted"),
+        (b"\xff", "cannot"),
+    ],
 )
 def test_what_is_no_file_of_ours_is_refused(tmp_path, content, says):
     path = tmp_path / "solver.json"

@@ -41,20 +41,31 @@ def test_the_plan_runs_from_another_folder(vivace, folder: Path, here: Path, mon
     assert run.code == 0, run.err
 
 
-@pytest.mark.parametrize("when", ["recording", "trying"])
-def test_an_interrupt_leaves_nothing(vivace, folder: Path, here: Path, monkeypatch, when: str) -> None:
+@pytest.mark.parametrize("when", ["fitting", "trying"])
+def test_an_interrupted_fit_goes_on_behind_its_recorded_runs(
+    vivace, folder: Path, here: Path, monkeypatch, when: str
+) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     name = {
-        "recording": "vivace.plans.solver_fitting.fit",
+        "fitting": "vivace.plans.solver_fitting.fit",
         "trying": "vivace.cli.calibrate_solver._tried",
     }[when]
-    monkeypatch.setattr(name, interrupted)
     asked = ("--count", "1", "--solver", "3", "-o", "new/s.json", "--plan-file", "p.yaml")
-    run = vivace("calibrate", "-m", str(folder), *SMALL, *asked)
+    with monkeypatch.context() as patch:
+        patch.setattr(name, interrupted)
+        run = vivace("calibrate", "-m", str(folder), *SMALL, *asked)
     assert run.code == 130
-    assert not list(here.iterdir())
+    left = [str(f.relative_to(here)) for f in here.rglob("*") if f.is_file()]
+    assert sorted(left) == ["new/s.json.part/0.pt", "new/s.json.part/header.json"]
+    # The same command asks the pipeline for no exact run again.
+    with monkeypatch.context() as patch:
+        patch.setattr("vivace.plans.solver_fitting.SolverRecorder", interrupted)
+        run = vivace("calibrate", "-m", str(folder), *SMALL, *asked)
+    assert run.code == 0, run.err
+    assert SolverFile.load(here / "new" / "s.json").steps == 3
+    assert sorted(f.name for f in here.rglob("*") if f.is_file()) == ["p.yaml", "s.json"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,7 @@ def fit_solver(
 
     place(steps, job.workload.steps)  # a wrong number is told before anything is run
     out = screen()
+    part = output.with_name(output.name + ".part")
     with Outputs() as outputs:
         hidden = outputs.reserve(output)
         written = outputs.reserve(plan_file) if plan_file is not None else None
@@ -78,6 +80,7 @@ def fit_solver(
                 model=job.model,
                 on_prompt=on_prompt,
                 on_step=on_step,
+                part=part,
                 **job.call,
             )
         made, _ = fit(
@@ -93,6 +96,7 @@ def fit_solver(
         if written is not None:
             # The plan may be used from another folder.
             Plan([FittedSolver(file=str(output.resolve()))], name="fitted").save(written)
+    shutil.rmtree(part, ignore_errors=True)
     out.print(f"\n[bold]{escape(str(output))}[/]", soft_wrap=True)
     if plan_file is not None:
         out.print(

@@ -114,6 +114,10 @@ def _stages(plan: Plan) -> Table:
         card = technique.card
         values = technique.to_dict().items()
         settings = "\n".join(f"{k} {v}" for k, v in values if not k.startswith("_") and v is not None)
+        if technique.card.name in plan.optional:
+            settings += "\noptional: left out where the model lacks what it needs"
+        if other := plan.unless.get(technique.card.name):
+            settings += f"\nunless {other} is there"
         source = f"\n[quiet]arXiv {escape(card.cite.arxiv)}[/]" if card.cite.arxiv else ""
         stage = card.stage.value.partition(" ")[2]
         rows.add_row(stage, f"[name]{card.name}[/]", escape(settings), escape(card.summary) + source)

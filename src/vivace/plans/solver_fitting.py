@@ -1,104 +1,37 @@
 """Fitting a solver to a live pipeline: its exact run is recorded, then the network is asked at other samples.
 
-The exact run goes through the pipeline itself. A recorder keeps its latents and the arguments of the first transformer
-call of every branch and expert; with another sample and timestep in their places these are asked again for the fit,
-without the pipeline. That this is the same network is checked: the recorded outputs must come out again.
+The exact run goes through the pipeline itself (`vivace.plans.solver_tapes`). For the fit its transformer calls are made
+again with other samples and timesteps, without the pipeline. That this is the same network is checked: the recorded
+outputs must come out again.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vivace.calibration.artifact import Key, key_of, prompts_digest
 from vivace.calibration.fitting import Basis, Fitted, fit_along, refine
 from vivace.calibration.solver import SolverFile
 from vivace.core.context import COND, FUSED, UNCOND
 from vivace.core.errors import ConfigError, ModelError
-from vivace.models.adapter import Expert, ModelDescription, Need, RootCall
+from vivace.models.adapter import ModelDescription, RootCall
 from vivace.models.describe import describe_pipeline
 from vivace.plans.engine import StepListener
 from vivace.plans.plan import Plan
 from vivace.plans.session import accelerate
-from vivace.techniques.base import Card, Cite, Paradigm, Stage, Target, Technique, reads
+from vivace.plans.solver_tapes import Reel, SolverRecorder, Tape
 
 if TYPE_CHECKING:
     import torch
 
-NAME = "solver_recorder"
 SHAPE = 1.7
 """Computed steps lie at (n - 1) u^SHAPE for even u: what the search found on the embedded model, in one number."""
 _AGREES = 0.02
 """Relative error up to which an output asked for again is the recorded one (bf16, other batch sizes)."""
-
-
-@dataclass
-class Tape:
-    """What was seen of one call of the pipeline."""
-
-    samples: list[Any] = field(default_factory=list)
-    """(B, C, ...) float32 latents, the noise first."""
-    calls: dict[tuple[str, str], RootCall] = field(default_factory=dict)
-    """By expert and branch, the first call of the transformer."""
-    first: dict[tuple[str, str], Any] = field(default_factory=dict)
-    """What came out of it."""
-    experts: list[str] = field(default_factory=list)
-    """Which expert ran each step."""
-    guidance: list[float] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SolverRecorder(Technique):
-    """Changes nothing; writes on a tape."""
-
-    card: ClassVar[Card] = Card(
-        name=NAME,
-        paradigm=Paradigm.TRAJECTORY,
-        summary="Records the exact run.",
-        objective="none",
-        stage=Stage.TRAJECTORY,
-        claims=(reads("sampler.schedule"),),
-        needs=(Need.FLOW_SCHEDULER,),
-        cite=Cite(title="Vivace", differs="own work"),
-    )
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "tape", Tape())
-
-    def apply(self, target: Target) -> None:
-        tape: Tape = self.tape  # type: ignore[attr-defined]
-        target.edit.wrap(target.scheduler, lambda old: _recording(tape, old), "step")
-        for expert in target.experts:
-            target.around_expert(expert, _keeper(tape, expert, target))
-
-
-def _recording(tape: Tape, old: Callable[..., Any]) -> Callable[..., Any]:
-    def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-        if not tape.samples:
-            tape.samples.append(sample.detach().float())
-        out = old(model_output, timestep, sample, *args, **kwargs)
-        new = out[0] if isinstance(out, tuple) else out.prev_sample
-        tape.samples.append(new.detach().float())
-        return out
-
-    return step
-
-
-def _keeper(tape: Tape, expert: Expert, target: Target) -> Callable[..., Any]:
-    def handler(call: RootCall, run: Callable[[RootCall], Any]) -> Any:
-        sample = run(call)
-        clock = target.clock
-        if len(tape.experts) <= clock.step:
-            tape.experts.append(expert.name)
-        key = expert.name, clock.branch
-        if key not in tape.calls:
-            values = {k: v.detach().clone() if hasattr(v, "detach") else v for k, v in call.values.items()}
-            tape.calls[key], tape.first[key] = RootCall(values, call.rows), sample.detach().float()
-        return sample
-
-    return handler
 
 
 class Network:
@@ -224,6 +157,7 @@ def record(
     model: ModelDescription | None = None,
     on_step: StepListener | None = None,
     on_prompt: Callable[[int], None] | None = None,
+    part: Path | None = None,
     **call: Any,
 ) -> Exact:
     """Run the exact pipeline on prompts and keep what a fit needs.
@@ -234,6 +168,8 @@ def record(
         seed: of the first clip, the next gets seed + 1; or `seeds`, one for each.
         batch: prompts in one call.
         on_step, on_prompt: progress.
+        part: a folder that finished runs are kept in, so that an interrupted recording goes on behind them. The caller
+            deletes it.
         call: the pipeline's arguments; what is left out is the model's default.
 
     Raises:
@@ -250,20 +186,26 @@ def record(
     call = {"num_inference_steps": workload.steps, "output_type": "latent"} | call
     key = key_of(model, pipeline, workload)
     given = list(seeds) if seeds is not None else [seed + i for i in range(len(prompts))]
-    tapes: list[Tape] = []
-    for i in range(0, len(prompts), batch):
-        recorder = SolverRecorder()
-        if on_prompt is not None:
-            on_prompt(i)
-        with accelerate(pipeline, Plan([recorder]), model=model, on_step=on_step) as session:
-            session(list(prompts[i : i + batch]), seed=given[i : i + batch], **call)
-        tapes.append(recorder.tape)  # type: ignore[attr-defined]
-    timesteps = torch.as_tensor(pipeline.scheduler.timesteps).clone()
-    n = len(timesteps)
-    if len(tapes[0].samples) != n + 1:
+    digest = prompts_digest(list(prompts))
+    header = {"key": asdict(key), "prompts": digest, "seeds": given, "batch": batch}
+    device = next(getattr(pipeline, model.experts[0].name).parameters()).device
+    reel, tapes = Reel(part, header, device), list[Tape]()
+    for number, i in enumerate(range(0, len(prompts), batch)):
+        if (tape := reel.load(number)) is None:
+            recorder = SolverRecorder()
+            if on_prompt is not None:
+                on_prompt(i)
+            with accelerate(pipeline, Plan([recorder]), model=model, on_step=on_step) as session:
+                session(list(prompts[i : i + batch]), seed=given[i : i + batch], **call)
+            tape = recorder.tape
+            reel.save(number, tape)
+        tapes.append(tape)
+    timesteps = tapes[0].timesteps
+    assert timesteps is not None
+    if len(tapes[0].samples) != len(timesteps) + 1:
         raise ModelError(
-            f"{type(pipeline.scheduler).__name__} took {len(tapes[0].samples) - 1} steps over {n} timesteps; "
-            "a solver is fitted to one evaluation a step."
+            f"{type(pipeline.scheduler).__name__} took {len(tapes[0].samples) - 1} steps over {len(timesteps)} "
+            "timesteps; a solver is fitted to one evaluation a step."
         )
     network = Network(pipeline, tapes, timesteps)
     network.check()
@@ -271,10 +213,10 @@ def record(
         network=network,
         states=torch.cat([torch.stack(t.samples) for t in tapes], 1),
         timesteps=timesteps,
-        sigmas=tuple(float(s) for s in pipeline.scheduler.sigmas),
+        sigmas=tapes[0].sigmas,
         guidance=workload.guidance,
         key=key,
-        prompts_sha256=prompts_digest(list(prompts)),
+        prompts_sha256=digest,
         seed=seed,
     )
 

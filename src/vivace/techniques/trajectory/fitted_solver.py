@@ -57,10 +57,10 @@ class FittedSolver(Technique):
     a few prompts; for the embedded model such files come with Vivace (`steps`).
 
     It stands in for the exact run's own number of steps: a caller who gives another `num_inference_steps` (neither the
-    grid's nor the solver's) or noise levels of his own gets the pipeline's scheduler, and the receipt says
-    `left_alone`. A solver is fitted to the guided output or to both branches' outputs apart, fused or not. Another
-    guidance scale than the fitted one is obeyed, and the receipt counts it as `off_guidance`; there, and at another
-    shape, the solver is less exact. Other weights and another noise schedule are refused.
+    grid's nor the solver's) or noise levels of his own gets the pipeline's scheduler, and the receipt warns that the
+    solver never acted. A solver is fitted to the guided output or to both branches' outputs apart, fused or not.
+    Another guidance scale than the fitted one is obeyed, and the receipt counts it as `off_guidance`; there, and at
+    another shape, the solver is less exact. Other weights and another noise schedule are refused.
     """
 
     card: ClassVar[Card] = Card(
@@ -114,18 +114,15 @@ class FittedSolver(Technique):
             file = SolverFile.load(self.file)
             if self.steps not in (None, file.steps):
                 raise ConfigError(
-                    f"{NAME}: the file {self.file} has {file.steps} steps and not {self.steps}; leave steps out."
+                    f"has a file of {file.steps} steps ({self.file}) and not of {self.steps}; leave steps out."
                 )
             return file
         steps, found = self.steps or STEPS, shipped(model.name)
         if steps not in found:
-            has = (
-                f"for {model.name} there are {', '.join(map(str, found))}"
-                if found
-                else "none comes with Vivace"
-            )
+            there = f"there are {', '.join(map(str, found))}" if found else "none comes with Vivace"
             raise ConfigError(
-                f"no solver of {steps} steps is fitted for {model.name} ({has}); make one with `{COMMAND}`."
+                f"has no solver of {steps} steps for {model.name} ({there}); make one with "
+                f"`{COMMAND.replace('STEPS', str(steps))}`."
             )
         return found[steps]
 
@@ -134,7 +131,7 @@ class FittedSolver(Technique):
         try:
             found = self.solver(model)
         except ConfigError as error:
-            return str(error)
+            return f"cannot use its file: {error}" if self.file else str(error)
         if found.key.family not in ("", model.family):
             return f"was fitted for the family {found.key.family}, and {model.name} is of {model.family}."
         has = noise_schedule(model.scheduler_class, model.scheduler)
@@ -203,7 +200,6 @@ class _Run:
             users = self.target.clock.steps_are_the_users and asked not in (grid, found.steps)
             self.acts, self.index = asked is not None and not users, 0
             if not self.acts:
-                self.target.report(NAME, "left_alone", 1)
                 return old(*args, **kwargs)
             ask_for(call, grid)
             out = old(**call)
