@@ -134,6 +134,24 @@ def test_headline_is_the_fastest_that_passes_and_says_so(board: dict[str, Any]) 
     assert join.headline(board)[0]["value"] == "none"
 
 
+def test_without_times_the_headline_is_the_least_work(board: dict[str, Any]) -> None:
+    for row in board["rows"]:
+        row["speed_up"] = None
+    passed = [
+        r
+        for r in board["rows"]
+        if r["quality"]
+        and r["contender"]["kind"] in ("plan", "peer", "steps")
+        and r["work_share"]
+        and r["paired"]["attributes"]["verdict"] in join.PASSED
+    ]
+    best = min(passed, key=lambda r: r["work_share"]["value"])
+    card = join.headline(board)[0]
+    assert (card["label"], card["method"]) == ("Least work that is not inferior", best["contender"]["name"])
+    assert card["value"] == units.percent(best["work_share"]["value"])
+    assert "nothing was timed" in card["note"]
+
+
 def _limited(board: dict[str, Any], prompts: int) -> None:
     """The board of a bench with a limit: the quality task's rows hold fewer prompts than the task."""
     for row in board["rows"]:

@@ -164,6 +164,25 @@ def headline(board: Board) -> list[dict[str, str]]:
                     "method": best,
                 }
             )
+        elif spared := {
+            n: quality[n]["work_share"]["value"]
+            for n in rivals
+            # Where nothing was timed, the work is what can be compared.
+            if not any(map(speed, rivals))
+            and quality[n]["work_share"]
+            and _verdict(quality[n], judge) in PASSED
+        }:
+            best = min(spared, key=spared.__getitem__)
+            title = title_of(quality[best]["contender"])[0]
+            cards.append(
+                {
+                    "label": "Least work that is not inferior",
+                    "value": units.percent(spared[best]),
+                    "note": f"{title}: {series['title'].lower()} within {series['margin']:g} of exact; "
+                    "nothing was timed",
+                    "method": best,
+                }
+            )
         elif rivals:
             cards.append(
                 {

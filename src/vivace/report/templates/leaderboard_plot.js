@@ -3,8 +3,8 @@
   const { data, el, svg, pick, finite, full, state } = V;
   const COSTS = {
     seconds: { title: "seconds", of: (f) => f.time?.cost?.total, text: V.secondsText, measured: true },
-    nfe: { title: "network evaluations (NFE)", of: (f) => ({ value: f.counted?.counts?.nfe }), text: V.number },
     flops: { title: "FLOPs", of: (f) => ({ value: f.counted?.counts?.flops }), text: V.flops },
+    nfe: { title: "network evaluations (NFE)", of: (f) => ({ value: f.counted?.counts?.nfe }), text: V.number },
     peak_bytes: { title: "peak memory", of: (f) => ({ value: V.memoryOf(f.time) }), text: V.bytes, measured: true },
   };
   const model = () => V.models.get(state.model) || data.models[0];

@@ -72,6 +72,10 @@ class FittedSolver(Technique):
         claims=(exclusive("sampler.schedule"), exclusive("sampler.solver")),
         needs=(Need.FLOW_SCHEDULER,),
         calibration="required",
+        unsound_with={
+            "progressive_resolution": "the solver sums all outputs of a run, and there they change their "
+            "size on the way; keep one of them."
+        },
         cite=Cite(
             title="Bespoke Non-Stationary Solvers for Fast Sampling of Diffusion and Flow Models; "
             "S4S: Solving for a Fast Diffusion Model Solver",
