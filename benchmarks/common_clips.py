@@ -2,8 +2,8 @@
 
     python benchmarks/common_clips.py benchmarks/results/2026-11-24/caching/world-short
 
-A line for each contender: share of the exact run's FLOPs, PSNR (median), LPIPS (mean, median, 95th percentile, worst) and
-the share of attributes that are right, beside the exact run's on the same clips. Reads records and samples; runs nothing.
+A line for each contender: share of the exact run's FLOPs, PSNR (median), LPIPS (mean, median, 95th percentile, worst)
+and the share of attributes that are right, beside the exact run's on the same clips. Reads records; runs nothing.
 """
 
 from __future__ import annotations
