@@ -1,6 +1,6 @@
 """Contenders of a store on the clips that all of them made: means hide tails, and subsets hide in means.
 
-    python benchmarks/common_clips.py benchmarks/results/2026-11-24/caching/world-short
+    python benchmarks/common_clips.py benchmarks/results/2026-11-29/caching/world-short
 
 A line for each contender: share of the exact run's FLOPs, PSNR (median), LPIPS (mean, median, 95th percentile, worst)
 and the share of attributes that are right, beside the exact run's on the same clips. Reads records; runs nothing.

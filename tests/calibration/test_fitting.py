@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vivace.calibration.fitting import Basis, Fitted, combined, fit_along, least_squares, refine
+from vivace.calibration.fitting import Basis, Fitted, combined, fit_along, least_squares, own_steps, refine
 from vivace.core.errors import ConfigError
 
 N = 8
@@ -41,13 +41,26 @@ def test_least_squares_is_numpys():
 
 
 @pytest.mark.parametrize("kind", ["guided", "pair"])
-def test_all_steps_computed_give_the_exact_run(kind):
-    """Euler's weights are in the span, so nothing is left over."""
+def test_all_steps_computed_are_the_exact_run(kind):
+    """No step has a gap to bridge, so nothing is fitted and nothing is lost."""
     states = trajectory()
     fit = fit_along(network, states, TIMES, range(N), GUIDANCE, Basis(kind))
-    assert max(fit.errors) < 1e-5
-    end = fit.fitted.run(network, states[0], TIMES, GUIDANCE)
-    assert torch.allclose(end, states[-1], atol=1e-4)
+    assert fit.fitted.own == N
+    assert fit.fitted.weights == fit.errors == ()
+    assert torch.equal(fit.end, states[-1])
+    assert torch.equal(fit.fitted.run(network, states, TIMES, GUIDANCE), states[-1])
+    assert refine(network, states, TIMES, fit.fitted, GUIDANCE) == (fit.fitted, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["guided", "pair"])
+def test_steps_before_the_first_gap_are_the_exact_runs(kind):
+    states, nodes = trajectory(12), (0, 1, 2, 3, 4, 6)
+    fit = fit_along(network, states, TIMES, nodes, GUIDANCE, Basis(kind))
+    assert fit.fitted.own == own_steps(nodes, N) == 4
+    assert [len(w) for w in fit.fitted.weights] == ([11, 13] if kind == "pair" else [6, 7])
+    assert torch.allclose(fit.fitted.run(network, states, TIMES, GUIDANCE), fit.end)
+    plain = euler(nodes).run(network, states, TIMES, GUIDANCE)
+    assert fit.errors[-1] < 0.8 * float((plain - states[-1]).norm() / states[-1].norm())
 
 
 @pytest.mark.parametrize("kind", ["guided", "pair"])
@@ -65,7 +78,7 @@ def test_a_known_linear_flow_is_landed_on_in_few_steps(kind):
     fit = fit_along(flow, states, TIMES, (0, 3, 6), GUIDANCE, Basis(kind))
     assert max(fit.errors) < 1e-6
     fresh = torch.randn(2, 2, 2, 3, 3, generator=torch.Generator().manual_seed(9)).double()
-    end = fit.fitted.run(flow, fresh, TIMES, GUIDANCE)
+    end = fit.fitted.run(flow, fresh[None], TIMES, GUIDANCE)
     assert torch.allclose(end, 1.0 + float(np.exp(-1.0)) * (fresh - 1.0), atol=1e-6)
 
 
@@ -74,13 +87,13 @@ def euler(nodes):
     for here, there in zip(nodes, [*nodes[1:], N], strict=True):
         row = [*row, float(SIGMAS[there] - SIGMAS[here])]
         out.append(torch.tensor(row, dtype=torch.float64))
-    return Fitted(tuple(nodes), Basis("guided"), tuple(out))
+    return Fitted(tuple(nodes), Basis("guided"), 0, tuple(out))
 
 
 def test_fitted_steps_beat_eulers_on_samples_they_have_not_seen():
     states, nodes = trajectory(24), (0, 2, 5)
     fitted = fit_along(network, states[:, :12], TIMES, nodes, GUIDANCE, Basis("guided")).fitted
-    seen, goal = states[0, 12:], states[-1, 12:]
+    seen, goal = states[:, 12:], states[-1, 12:]
 
     def off(solver):
         return float((solver.run(network, seen, TIMES, GUIDANCE) - goal).norm() / goal.norm())
@@ -108,7 +121,7 @@ def test_refining_never_makes_it_worse(together):
     fitted = fit_along(network, states, TIMES, (0, 2, 5), GUIDANCE, Basis("pair")).fitted
     better, before, after = refine(network, states, TIMES, fitted, GUIDANCE, together=together)
     assert after <= before
-    end = better.run(network, states[0], TIMES, GUIDANCE)
+    end = better.run(network, states, TIMES, GUIDANCE)
     goal = states[-1]
     norm = goal.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1, 1)
     assert float(((end - goal) / norm).norm()) == pytest.approx(after, rel=1e-4)

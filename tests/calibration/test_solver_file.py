@@ -57,6 +57,13 @@ def test_seven_digits_are_kept(tmp_path):
     assert kept.weights[0][0] == pytest.approx(third, rel=1e-7)
 
 
+def test_own_steps_have_no_weights(tmp_path):
+    """By hand: two steps of the scheduler's, then one that goes from 0.5 to the end."""
+    file = replace(made("guided"), nodes=(0, 1, 2), own=2, weights=((0.9, 0.1, -0.2, -0.3),))
+    assert SolverFile.load(file.save(tmp_path / "s.json")) == file
+    assert file.increments() == [pytest.approx([-0.1, 0.1, -0.2, -0.3])]
+
+
 @pytest.mark.parametrize(("basis", "weights"), [("guided", GUIDED), ("pair", PAIR)])
 def test_increments_add_up_to_the_weights(basis, weights):
     total: list[float] = [1.0]
@@ -87,6 +94,9 @@ def test_noise_levels_that_differ_do_not_fit():
         ({"weights": [[0.9, -0.1], [0.8, -0.2]]}, "rows"),
         ({"weights": [[0.9, -0.1], [0.8, -0.2, float("nan")]]}, "no number"),
         ({"basis": "pair"}, "rows"),
+        ({"own": 1}, "leave out some of the grid"),
+        ({"own": -1}, "leave out some of the grid"),
+        ({"own": "one"}, "damaged"),
         ({"basis": "both"}, "basis"),
         ({"key": None}, "damaged"),
         ({"surprise": 1}, "damaged"),

@@ -13,7 +13,7 @@ from vivace.calibration.artifact import Calibration
 from vivace.calibration.gram import schedule_error
 from vivace.core.errors import ConfigError, PlanError
 from vivace.plans.calibrating import calibrate
-from vivace.plans.solving import Simulator, Trial, best, corrected, solved, technique_for
+from vivace.plans.solving import Simulator, Trial, best, corrected, solved, technique_for, within
 from vivace.techniques.caching.engine import Cache, Pass
 from vivace.techniques.caching.teacache import TeaCache
 from vivace.techniques.compression.int8_linear import Int8Linear
@@ -137,13 +137,40 @@ def test_a_correction_moves_the_threshold(made) -> None:
     # The real model is as the simulated one, with every change a fifth larger.
     trials = corrected(sim, 1.6, lambda t: sim.predict(t / 1.2).speedup, start, tolerance=0.02)
     assert 2 <= len(trials) <= 4
-    assert abs(best(trials, 1.6).counted / 1.6 - 1) < abs(trials[0].counted / 1.6 - 1)
-    assert best([Trial(0.1, 1.0), Trial(0.2, 1.7)], 1.6).threshold == 0.2
+    assert abs(best(trials, speedup=1.6).counted / 1.6 - 1) < abs(trials[0].counted / 1.6 - 1)
+    assert best([Trial(0.1, 1.0), Trial(0.2, 1.7)], speedup=1.6).threshold == 0.2
     # It does not run for ever where nothing helps, and not at all where the first run was right.
     assert len(corrected(sim, 1.6, lambda t: 3.0, start)) <= 4
     assert len(corrected(sim, 1.6, lambda t: 1.62, start)) == 1
     fixed = simulator(made, "wan2.1", "teacache@warmup=1")
     assert len(corrected(fixed, 1.6, lambda t: fixed.predict(t).speedup, fixed.nearest(0.1))) == 1
+
+
+@pytest.mark.parametrize("factor", [0.3, 1.0, 4.0])
+def test_a_loss_is_measured_and_kept(made, factor: float) -> None:
+    """A real run whose loss is the predicted one times a factor that grows a little with the error."""
+    sim = simulator(made, "wan2.1", "teacache@warmup=1")
+    asked = 2.0 * sim.error(sim.nearest(0.3))
+
+    def run(found):
+        return Trial(found.threshold, found.speedup, factor * found.error**1.1)
+
+    tried = within(lambda bound: solved(sim, "loss", bound), run, asked)
+    kept = best([t for _, t in tried], loss=asked)
+    possible = [sim.predict(t) for t in np.geomspace(sim.low, sim.high, 400)]
+    fastest = max(p.speedup for p in possible if factor * p.error**1.1 <= asked)
+    assert kept.loss <= asked
+    assert kept.counted > 1.0 + 0.6 * (fastest - 1.0)
+    assert len(tried) <= 4
+    assert best([Trial(1, 2.0, 0.5), Trial(2, 3.0, 0.7)], loss=0.1).loss == 0.5
+
+
+def test_a_loss_below_every_setting_ends(made) -> None:
+    sim = simulator(made, "wan2.1", "teacache@warmup=1")
+    tried = within(
+        lambda bound: solved(sim, "loss", bound), lambda f: Trial(f.threshold, f.speedup, 1e6), 10.0
+    )
+    assert 1 <= len(tried) <= 4
 
 
 def test_the_calibration_binds_weights_and_shape(made) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,18 @@ def test_a_threshold_as_a_plan(vivace, folder: Path, here: Path, technique: str)
     if cache.card.name == "teacache":
         assert Path(cache.calibration) == (here / "calibration.json").resolve()
     assert "speedup=1.5" in Plan.load(here / "t.yaml").summary
+
+
+@pytest.mark.parametrize("technique", ["teacache@warmup=1", "optimal_schedule"])
+def test_a_loss_is_measured(vivace, folder: Path, here: Path, technique: str) -> None:
+    arguments = ("calibrate", "-m", str(folder), "--count", "1", *SMALL, "--target", "loss=0.3")
+    run = vivace(*arguments, "--technique", technique, "--plan-file", "l.yaml")
+    assert run.code == 0, run.err
+    told = re.search(r"counted +([\d.]+) times less work, relative error ([\d.e-]+)", run.out)
+    assert told
+    assert float(told[1]) >= 1.0
+    assert float(told[2]) <= 0.3 or "no setting that was tried keeps the error" in run.out
+    assert "measured" in Plan.load(here / "l.yaml").summary
 
 
 def test_without_a_check_nothing_is_counted(vivace, folder: Path, here: Path) -> None:

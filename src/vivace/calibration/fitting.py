@@ -8,13 +8,16 @@ A multistep solver that evaluates the network at the noise levels t_0 > ... > t_
 not trained by gradients: step k takes those of least squares to the exact run's latent at t_(k+1), over the outputs
 that the fitted solver itself has met so far, so that a step also mends what the steps before it left wrong.
 
+Steps before the first gap are the exact run's own: nothing is fitted there, the run's scheduler takes them, and x_0
+above is the sample that the first fitted step starts from.
+
 Legend: B samples; latents are (B, C, ...), the exact run's (n + 1, B, C, ...) over its grid; F features a step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vivace.core.errors import ConfigError
@@ -51,26 +54,47 @@ class Basis:
         return [uncond + guidance * (cond - uncond)]
 
 
+def own_steps(nodes: Sequence[int], grid: int) -> int:
+    """How many steps at the beginning are the exact run's own: from one step of its grid to the next."""
+    return next((k for k, to in enumerate((*nodes[1:], grid)) if to != k + 1), len(nodes))
+
+
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A fitted solver: steps of the exact grid that are computed, and (F_k,) float64 weights of every step."""
+    """A fitted solver.
+
+    Attributes:
+        nodes: steps of the exact grid that are computed.
+        basis: what a fitted step is a sum of.
+        own: steps at the beginning that the exact run's scheduler takes.
+        weights: (F_k,) float64 of every other step: of the sample the first of them starts from, and of all outputs.
+    """
 
     nodes: tuple[int, ...]
     basis: Basis
+    own: int
     weights: tuple[torch.Tensor, ...]
 
-    def run(self, pair: Pair, noise: torch.Tensor, times: torch.Tensor, guidance: float) -> torch.Tensor:
-        """The final latent of a run."""
-        features, x = [noise], noise
-        for node, weights in zip(self.nodes, self.weights, strict=True):
+    def run(self, pair: Pair, states: torch.Tensor, times: torch.Tensor, guidance: float) -> torch.Tensor:
+        """The final latent of a run whose first `own` + 1 samples are the exact run's `states`."""
+        outputs, x = begun(pair, states, times, self.own, guidance, self.basis), states[self.own]
+        features = [x, *outputs]
+        for node, weights in zip(self.nodes[self.own :], self.weights, strict=True):
             features += self.basis.features(*pair(x, times[node]), guidance)
             x = combined(weights, features)
         return x
 
 
+def begun(
+    pair: Pair, states: torch.Tensor, times: torch.Tensor, own: int, guidance: float, basis: Basis
+) -> list[torch.Tensor]:
+    """What the evaluations of the exact run's own steps add."""
+    return [f for k in range(own) for f in basis.features(*pair(states[k], times[k]), guidance)]
+
+
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What a fit gives: the solver, the latent it ends on, and the relative error of every step's latent."""
+    """What a fit gives: the solver, the latent it ends on, and the relative error of every fitted step's latent."""
 
     fitted: Fitted
     end: torch.Tensor
@@ -126,22 +150,25 @@ def fit_along(
     n = len(times)
     if not nodes or nodes[0] != 0 or any(a >= b for a, b in zip(nodes, [*nodes[1:], n], strict=True)):
         raise ConfigError(f"computed steps must rise from 0 to below {n}.")
-    noise = states[0]
-    features, x, weights, errors = [noise], noise, [], []
+    own = own_steps(nodes, n)
+    outputs, x, weights, errors = list[Any](), states[own], [], []
     for k, node in enumerate(nodes):
         key = tuple(nodes[: k + 1])
         known = None if cache is None else cache.get(key)
         if known is None:
-            known = basis.features(*pair(x, times[node]), guidance)
+            known = basis.features(*pair(states[k] if k < own else x, times[node]), guidance)
             if cache is not None:
                 cache[key] = known
-        features = features + known
+        outputs += known
+        if k < own:
+            continue
+        features = [states[own], *outputs]
         goal = states[nodes[k + 1] if k + 1 < len(nodes) else n]
         w = least_squares(features, goal)
         x = combined(w, features)
         weights.append(w)
         errors.append(float((x - goal).norm() / goal.norm()))
-    return Fit(Fitted(tuple(nodes), basis, tuple(weights)), x, tuple(errors))
+    return Fit(Fitted(tuple(nodes), basis, own, tuple(weights)), x, tuple(errors))
 
 
 def refine(
@@ -170,11 +197,14 @@ def refine(
     """
     import torch
 
-    noise, goal = states[0], states[-1]
+    goal = states[-1]
     norm = goal.flatten(1).norm(dim=1).reshape(-1, *[1] * (goal.ndim - 1))
-    base = _Walk(pair, times, fitted, guidance, noise)
-    turns = [base.directions(k, states) for k in range(len(fitted.nodes))]
+    base = _Walk(pair, times, fitted, guidance, states)
     residual = ((base.end - goal) / norm).flatten().double()
+    before = float(residual.norm())
+    if not fitted.weights:
+        return fitted, before, before
+    turns = [base.directions(k) for k in range(len(fitted.weights))]
     columns: list[torch.Tensor] = []
     for k, turn in enumerate(turns):
         for i in range(0, len(turn), together):
@@ -185,15 +215,14 @@ def refine(
     right = (jacobian.T @ residual.float()).double().cpu()
     normal += damping * normal.diagonal().mean() * torch.eye(len(normal), dtype=torch.float64)
     step = -torch.linalg.solve(normal, right)
-    before, best, best_error = float(residual.norm()), fitted, float(residual.norm())
+    best, best_error = fitted, before
     for share in (1.0, 0.5, 0.25):
         at, weights = 0, []
-        for k, turn in enumerate(turns):
-            size = len(turn)
-            weights.append(fitted.weights[k] + share * (turn @ step[at : at + size]))
-            at += size
-        trial = Fitted(fitted.nodes, fitted.basis, tuple(weights))
-        end = trial.run(pair, noise, times, guidance)
+        for old, turn in zip(fitted.weights, turns, strict=True):
+            weights.append(old + share * (turn @ step[at : at + len(turn)]))
+            at += len(turn)
+        trial = replace(fitted, weights=tuple(weights))
+        end = trial.run(pair, states, times, guidance)
         error = float(((end - goal) / norm).flatten().double().norm())
         if error < best_error:
             best, best_error = trial, error
@@ -202,41 +231,41 @@ def refine(
 
 
 class _Walk:
-    """A run of a fitted solver that remembers its features, so that it can be left at any step."""
+    """A run of a fitted solver that remembers its features, so that it can be left at any fitted step."""
 
     def __init__(
-        self, pair: Pair, times: torch.Tensor, fitted: Fitted, guidance: float, noise: torch.Tensor
+        self, pair: Pair, times: torch.Tensor, fitted: Fitted, guidance: float, states: torch.Tensor
     ) -> None:
-        self.pair, self.times, self.fitted, self.guidance = pair, times, fitted, guidance
-        features, x = [noise], noise
-        self.samples, self.known = [noise], []
-        for node, weights in zip(fitted.nodes, fitted.weights, strict=True):
+        self.pair, self.times, self.fitted, self.guidance, self.states = pair, times, fitted, guidance, states
+        x = states[fitted.own]
+        features = [x, *begun(pair, states, times, fitted.own, guidance, fitted.basis)]
+        self.nodes = (*fitted.nodes[fitted.own :], len(times))
+        self.samples, self.known = [x], []
+        for node, weights in zip(self.nodes, fitted.weights, strict=False):
             features = features + fitted.basis.features(*pair(x, times[node]), guidance)
             x = combined(weights, features)
             self.known.append(features)
             self.samples.append(x)
         self.end = x
 
-    def directions(self, k: int, states: torch.Tensor) -> torch.Tensor:
-        """(F, F), moves of step k's weights as columns: uncorrelated, each as large as the step is off."""
+    def directions(self, k: int) -> torch.Tensor:
+        """(F, F), moves of fitted step k's weights as columns: uncorrelated, each as large as the step is off."""
         import torch
 
-        nodes = self.fitted.nodes
-        goal = states[nodes[k + 1] if k + 1 < len(nodes) else len(self.times)]
-        off = (self.samples[k + 1] - goal).double().norm()
+        off = (self.samples[k + 1] - self.states[self.nodes[k + 1]]).double().norm()
         table = torch.stack([f.flatten() for f in self.known[k]]).double()
         values, vectors = torch.linalg.eigh((table @ table.T).cpu())
         values = values.clamp_min(values.max() * _RIDGE)
         return vectors / values.sqrt() * off.cpu()
 
     def moved(self, k: int, moves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Final latents of runs whose step k has weights moved by each of `moves` (F,)."""
+        """Final latents of runs whose fitted step k has weights moved by each of `moves` (F,)."""
         import torch
 
         fitted, count = self.fitted, len(moves)
         x = torch.cat([combined(fitted.weights[k] + m, self.known[k]) for m in moves])
         features = [torch.cat([f] * count) for f in self.known[k]]
-        for node, weights in zip(fitted.nodes[k + 1 :], fitted.weights[k + 1 :], strict=True):
+        for node, weights in zip(self.nodes[k + 1 :], fitted.weights[k + 1 :], strict=False):
             features = features + fitted.basis.features(*self.pair(x, self.times[node]), self.guidance)
             x = combined(weights, features)
         return list(x.chunk(count))

@@ -33,7 +33,8 @@ class SolverFile:
         sigmas: (grid + 1,) noise levels of the exact run.
         basis: `guided` or `pair`: what an evaluation adds to the sums, its guided output, or the conditional and the
             unconditional one apart.
-        weights: for each computed step, of the starting noise and of all that was added so far.
+        own: steps at the beginning that the exact run's scheduler takes: each goes to the next of the grid.
+        weights: for every other step, of the sample the first of them starts from and of all that was added so far.
         prompts, prompts_sha256, seed: what it was fitted on.
         error: relative error of the final latent on those prompts, geometric mean.
         vivace: version that made it.
@@ -44,6 +45,7 @@ class SolverFile:
     sigmas: tuple[float, ...]
     weights: tuple[tuple[float, ...], ...]
     basis: str = "guided"
+    own: int = 0
     prompts: int
     prompts_sha256: str
     seed: int
@@ -62,9 +64,15 @@ class SolverFile:
             raise ValueError(f"computed steps must rise from 0 to below {n}")
         if self.basis not in BASES:
             raise ValueError(f"the basis is one of {', '.join(BASES)}, not {self.basis}")
+        if not 0 <= self.own <= k or any(
+            to != i + 1 for i, to in zip(range(self.own), (*self.nodes[1:], n), strict=False)
+        ):
+            raise ValueError(f"the scheduler cannot take {self.own} steps: they leave out some of the grid")
         each = BASES[self.basis]
-        if [len(w) for w in self.weights] != [1 + each * (i + 1) for i in range(k)]:
-            raise ValueError(f"{k} computed steps need {k} rows of 1 + {each}, 1 + {2 * each} ... weights")
+        if [len(w) for w in self.weights] != [1 + each * (i + 1) for i in range(self.own, k)]:
+            raise ValueError(
+                f"{k - self.own} fitted steps need as many rows of weights: 1 + {each} for every evaluation so far"
+            )
         if not all(math.isfinite(w) for row in (*self.weights, self.sigmas) for w in row):
             raise ValueError("a weight or noise level is no number")
 
@@ -74,8 +82,8 @@ class SolverFile:
         return len(self.nodes)
 
     def increments(self) -> list[list[float]]:
-        """Weights of what a step adds to its sample: each row less the row before (the noise's begins at 1)."""
-        out, before = [], [1.0]
+        """Weights of what a fitted step adds to its sample: each row less the row before (the first begins at 1)."""
+        out, before = [], [1.0] + [0.0] * BASES[self.basis] * self.own
         for row in self.weights:
             new = [0.0] * BASES[self.basis]
             out.append([w - b for w, b in zip(row, [*before, *new], strict=True)])
@@ -109,6 +117,7 @@ class SolverFile:
         try:
             values = {k: v for k, v in data.items() if k not in ("format", "version")}
             values["key"] = Key(**values["key"])
+            values["own"] = int(values.get("own", 0))
             values["nodes"] = tuple(int(v) for v in values["nodes"])
             values["sigmas"] = tuple(float(v) for v in values["sigmas"])
             values["weights"] = tuple(tuple(float(w) for w in row) for row in values["weights"])

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 SHAPE = 1.7
 """Computed steps lie at (n - 1) u^SHAPE for even u: what the search found on the embedded model, in one number."""
+LEAD = 0.2
+"""Share of the grid whose first steps are all computed, where there are evaluations enough: what a clip shows is
+decided there, and one that turns early into another clip is lost (docs/LOG.md)."""
 _AGREES = 0.02
 """Relative error up to which an output asked for again is the recorded one (bf16, other batch sizes)."""
 
@@ -221,19 +224,26 @@ def record(
     )
 
 
-def place(steps: int, grid: int, power: float = SHAPE) -> tuple[int, ...]:
-    """Computed steps of a grid, ever sparser.
+def place(steps: int, grid: int, power: float = SHAPE, lead: int | None = None) -> tuple[int, ...]:
+    """Computed steps of a grid: `lead` without a gap, the others ever sparser.
+
+    Args:
+        lead: left out, `LEAD` of the grid, and at most half of the steps.
 
     Raises:
-        ConfigError: more steps than the grid has, or fewer than one.
+        ConfigError: more steps than the grid has, or fewer than one; a longer lead than there are steps.
     """
     if not 1 <= steps <= grid:
         raise ConfigError(f"a solver of {steps} steps does not fit a run of {grid}; give from 1 to {grid}.")
+    lead = min(round(LEAD * grid), steps // 2) if lead is None else lead
+    lead = max(1, lead)
+    if lead > steps:
+        raise ConfigError(f"a solver of {steps} steps cannot begin with {lead}; give a shorter lead.")
     last = grid - max(1, round(0.06 * grid)) if steps < 0.7 * grid else grid - 1
-    out: list[int] = []
-    for k in range(steps):
-        at = round(last * (k / max(1, steps - 1)) ** power)
-        out.append(max(at, out[-1] + 1 if out else 0))
+    out, rest = list(range(lead)), steps - lead
+    for k in range(1, rest + 1):
+        at = round(lead - 1 + (last - lead + 1) * (k / rest) ** power)
+        out.append(max(at, out[-1] + 1))
     for k in range(steps - 1, 0, -1):
         out[k] = min(out[k], grid - steps + k)
     return tuple(out)
@@ -268,7 +278,7 @@ def fit(
     n, pair = len(exact.timesteps), exact.network.pair
     chosen = tuple(nodes) if nodes is not None else place(steps, n)
     if seconds > 0:
-        chosen = search(exact, chosen, seconds, basis, watch)
+        chosen = search(exact, chosen, seconds, basis, watch, leading(chosen))
     made = fit_along(pair, exact.states, exact.timesteps, chosen, exact.guidance, Basis(basis))
     fitted, end = made.fitted, made.end
     watch(f"fitted: error {error_of(exact, end):.4f}")
@@ -280,13 +290,14 @@ def fit(
         if after >= before * (1 - 1e-3):
             break
     if rounds:
-        end = fitted.run(pair, exact.states[0], exact.timesteps, exact.guidance)
+        end = fitted.run(pair, exact.states, exact.timesteps, exact.guidance)
     file = SolverFile(
         key=exact.key,
         nodes=fitted.nodes,
         sigmas=exact.sigmas,
         weights=rows(fitted),
         basis=basis,
+        own=fitted.own,
         prompts=exact.states.shape[1],
         prompts_sha256=exact.prompts_sha256,
         seed=exact.seed,
@@ -315,18 +326,24 @@ def tail_error(exact: Exact, end: torch.Tensor) -> float:
     return float(off.square().mean().sqrt())
 
 
+def leading(nodes: Sequence[int]) -> int:
+    """How many steps are computed before the first gap."""
+    return next((k for k, node in enumerate(nodes) if node != k), len(nodes))
+
+
 def search(
     exact: Exact,
     nodes: tuple[int, ...],
     seconds: float,
     basis: str = "pair",
     watch: Callable[[str], None] = lambda text: None,
+    hold: int = 1,
 ) -> tuple[int, ...]:
     """Move one computed step at a time, as long as `tail_error` falls and time is left.
 
     A clip whose early steps were summarised can turn into another one; the mean over log errors does not see it. Every
     candidate is fitted and run in closed loop. The last steps move first: candidates share the run up to the first step
-    in which they differ.
+    in which they differ. The first `hold` steps stay.
     """
     n, sums = len(exact.timesteps), Basis(basis)
     cache: dict[Any, Any] = {}
@@ -341,7 +358,7 @@ def search(
     best, tried, improved = loss(nodes), 1, True
     while improved and time.perf_counter() < end:
         improved = False
-        for i in range(len(nodes) - 1, 0, -1):
+        for i in range(len(nodes) - 1, max(1, hold) - 1, -1):
             for distance in (1, -1, 2, -2, 3, -3):
                 at = nodes[i] + distance
                 if not nodes[i - 1] < at < (nodes[i + 1] if i + 1 < len(nodes) else n):

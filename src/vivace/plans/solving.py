@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -40,6 +40,10 @@ _LEAST = 1e-5
 """Least threshold that is tried."""
 _SAME = 0.01
 _PUSH = 1.2
+_NEAR = 0.7
+"""Share of the asked loss from which on a run is near enough."""
+_AIM = 0.9
+"""Where a correction aims, as a share of the asked loss: the next run need not follow the last one's factor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +61,24 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A threshold and the speed-up that a real run's receipt counted with it."""
+    """A threshold, the speed-up that a real run's receipt counted with it, and its loss where that was measured."""
 
     threshold: float
     counted: float
+    loss: float = math.nan
+    """|x - exact x| / |exact x| of the final latent."""
+
+
+class Setting(Protocol):
+    """What is predicted of a setting."""
+
+    @property
+    def error(self) -> float:
+        """Of the final latent, in units of a network output."""
+        ...
+
+
+S = TypeVar("S", bound=Setting)
 
 
 class Simulator:
@@ -258,9 +276,64 @@ def _between(trials: Sequence[Trial], target: float, fresh: float) -> float:
     return fresh
 
 
-def best(trials: Sequence[Trial], target: float) -> Trial:
-    """The trial whose counted speed-up is nearest to the target."""
-    return min(trials, key=lambda t: abs(math.log(t.counted / target)))
+def within(
+    solve_at: Callable[[float], S],
+    run: Callable[[S], Trial],
+    loss: float,
+    most: int = CORRECTIONS,
+) -> list[tuple[S, Trial]]:
+    """Real runs until the measured loss keeps the target and comes near it; `best` picks among them.
+
+    Predicted errors are in other units and too low, by factors that differ from cache to cache. So each run tells
+    which predicted error to ask for next; once runs on both sides of the target are known it stays between them.
+
+    Args:
+        solve_at: bound of the predicted error -> the fastest setting that keeps it.
+        run: setting -> its trial.
+        loss: the target.
+        most: runs beside the first.
+
+    Raises:
+        ConfigError: `solve_at` finds nothing at first.
+    """
+    tried: list[tuple[S, Trial]] = []
+    bound, kept, missed = loss, 0.0, math.inf
+    for _ in range(2 * most + 1):
+        try:
+            found = solve_at(bound)
+        except ConfigError:
+            if not tried:
+                raise
+            # The last run's factor asked for too little: what lies between is tried.
+            bound = math.sqrt(bound * tried[-1][0].error)
+            continue
+        if any(found.error == s.error for s, _ in tried):
+            break
+        trial = run(found)
+        tried.append((found, trial))
+        if _NEAR * loss <= trial.loss <= loss:
+            break
+        if trial.loss <= loss:
+            kept = max(kept, found.error)
+        else:
+            missed = min(missed, found.error)
+        bound = found.error * _AIM * loss / max(trial.loss, 1e-12)
+        if not kept < bound < missed and 0.0 < kept < missed < math.inf:
+            bound = math.sqrt(kept * missed)
+        if len(tried) > most:
+            break
+    return tried
+
+
+def best(trials: Sequence[Trial], *, speedup: float = 0.0, loss: float = 0.0) -> Trial:
+    """The trial whose counted speed-up is nearest to the target, or the fastest that keeps a loss.
+
+    Where none keeps it, the one with the least loss.
+    """
+    if loss <= 0.0:
+        return min(trials, key=lambda t: abs(math.log(t.counted / speedup)))
+    keep = [t for t in trials if t.loss <= loss]
+    return max(keep, key=lambda t: t.counted) if keep else min(trials, key=lambda t: t.loss)
 
 
 def schedule_for(made: Calibration, name: str, value: float, order: int) -> Schedule:

@@ -111,7 +111,8 @@ def test_steps_that_are_not_the_files_are_refused(file):
 
 def test_shipped_solvers_are_for_the_embedded_model():
     found = shipped("tiny")
-    assert {8, 10, 12, 15, 18, 22, 27} <= set(found)
+    assert {8, 10, 12, 14, 17, 19, 22, 25, 29, 33} == set(found)
+    assert all(s.own >= 5 for k, s in found.items() if k >= 12)
     assert all(s.steps == k and s.key.steps == 50 for k, s in found.items())
     assert "make one" in FittedSolver(steps=12).missing(describe("wan2.1-1.3b"))
     assert "8, 10, 12" in FittedSolver(steps=9).missing(describe("tiny"))
@@ -134,8 +135,14 @@ def test_placed_steps_rise_within_the_grid():
             assert nodes[0] == 0
             assert max(nodes) < grid
             assert list(nodes) == sorted(nodes)
+            assert list(nodes[: min(round(0.2 * grid), steps // 2)]) == list(
+                range(min(round(0.2 * grid), steps // 2))
+            )
+    assert place(6, 50, lead=4)[:4] == (0, 1, 2, 3)
     with pytest.raises(ConfigError, match="does not fit"):
         place(9, 8)
+    with pytest.raises(ConfigError, match="shorter lead"):
+        place(3, 8, lead=4)
 
 
 def test_the_shipped_file_is_for_the_shipped_weights():

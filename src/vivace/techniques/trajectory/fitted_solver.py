@@ -34,7 +34,7 @@ NAME = "fitted_solver"
 _FOLDER = "solvers"
 _SAME = 0.01
 """Relative difference up to which a guidance scale is the fitted one: it may be read off outputs in bf16."""
-STEPS = 12
+STEPS = 14
 """Of a shipped solver, when nothing is said."""
 
 
@@ -43,7 +43,9 @@ class Memory:
     """What a generation leaves behind."""
 
     features: list[torch.Tensor] = field(default_factory=list)
-    """float32 (B, C, ...): the starting noise, and what every evaluation added."""
+    """float32 (B, C, ...): what every evaluation added."""
+    start: list[torch.Tensor] = field(default_factory=list)
+    """The sample that the first fitted step starts from, once it is there."""
     now: dict[str, torch.Tensor] = field(default_factory=dict)
     """Outputs of the step under way, by branch."""
 
@@ -52,9 +54,10 @@ class Memory:
 class FittedSolver(Technique):
     """Replace the solver by one that was fitted to land on this model's exact trajectory.
 
-    The network is evaluated at a few steps of the exact run's grid. After each, the next sample is a weighted sum of
-    the starting noise and all outputs so far. The weights come from a file that `vivace calibrate --solver` makes from
-    a few prompts; for the embedded model such files come with Vivace (`steps`).
+    The network is evaluated at a few steps of the exact run's grid. Up to the first that is left out, the run is the
+    exact one, bit by bit. After each later evaluation the next sample is a weighted sum of the sample at that gap and
+    of all outputs so far. The weights come from a file that `vivace calibrate --solver` makes from a few prompts; for
+    the embedded model such files come with Vivace (`steps`).
 
     It stands in for the exact run's own number of steps: a caller who gives another `num_inference_steps` (neither the
     grid's nor the solver's) or noise levels of his own gets the pipeline's scheduler, and the receipt warns that the
@@ -81,13 +84,13 @@ class FittedSolver(Technique):
             "S4S: Solving for a Fast Diffusion Model Solver",
             arxiv="2403.01329, 2502.17423",
             differs="weights are not trained: each step takes the least squares fit to the exact latent, in closed "
-            "loop, and then one Gauss-Newton step acts on all of them together; the steps' places come from a local "
-            "search on the exact run's grid",
+            "loop, and then one Gauss-Newton step acts on all of them together; steps before the first gap are the "
+            "exact run's own; the other steps' places come from a local search on the exact run's grid",
         ),
     )
 
     steps: int | None = None
-    """Evaluations of the solver: one that comes with Vivace for this model, 12 when left out, or the file's."""
+    """Evaluations of the solver: one that comes with Vivace for this model, 14 when left out, or the file's."""
     file: str = ""
     """A solver file of your own."""
 
@@ -251,7 +254,11 @@ class _Run:
             call = signature.bind(*args, **kwargs)
             call.apply_defaults()
             values = call.arguments
-            out = self._next(values["model_output"], values["sample"])
+            change = self._keep(values["model_output"])
+            if self.index < self.found.own:
+                self.index += 1
+                return old(*args, **kwargs)
+            out = self._next(values["sample"], change)
             if values.get("return_dict", True):
                 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
@@ -260,23 +267,26 @@ class _Run:
 
         return step
 
-    def _next(self, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        features, now, change = self.memory.features, self.memory.now, None
-        if not features:
-            features.append(sample.float())
-        if self.found.basis == "pair":
-            cond, uncond = now[COND], now.get(UNCOND)
-            now.clear()
-            # Without a second branch, here or in the fit, the conditional output is all there is to weigh.
-            alone = uncond is None or self.found.key.guidance <= 1.0
-            features += [cond, cond if alone else uncond]
-            if uncond is not None:
-                change = self._off_guidance(output.float(), cond, uncond)
-        else:
+    def _keep(self, output: torch.Tensor) -> torch.Tensor | None:
+        """Remember what the evaluation added; what the caller's own guidance scale adds to the step."""
+        features, now = self.memory.features, self.memory.now
+        if self.found.basis != "pair":
             features.append(output.float())
+            return None
+        cond, uncond = now[COND], now.get(UNCOND)
+        now.clear()
+        # Without a second branch, here or in the fit, the conditional output is all there is to weigh.
+        alone = uncond is None or self.found.key.guidance <= 1.0
+        features += [cond, cond if alone else uncond]
+        return None if uncond is None else self._off_guidance(output.float(), cond, uncond)
+
+    def _next(self, sample: torch.Tensor, change: torch.Tensor | None) -> torch.Tensor:
+        start, index = self.memory.start, self.index - self.found.own
+        if not start:
+            start.append(sample.float())
         # What the step adds to its sample: latents that somebody edited between two steps stay edited.
         out = sample.float()
-        for weight, value in zip(self.increments[self.index], features, strict=True):
+        for weight, value in zip(self.increments[index], (*start, *self.memory.features), strict=True):
             out = out + weight * value
         if change is not None:
             out = out + change
