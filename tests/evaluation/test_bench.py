@@ -44,7 +44,7 @@ def task():
 
 
 def bench(task, out, specs=SPECS, watch=lambda *_: None, **options):
-    defaults = {"limit": 3, "memory": False, "timing": False, "threads": 1}
+    defaults = {"limit": 3, "memory": False, "timing": False, "threads": 1, "dtype": "float32"}
     return Bench(task, specs, out, Options(**defaults | options), watch)
 
 
@@ -290,7 +290,12 @@ def test_a_peers_settings_reach_the_bench(tmp_path):
 def test_a_plan_may_be_varied():
     plan = plan_of("fast@few_steps.steps=12")
     assert plan.name == "fast@few_steps.steps=12"
-    assert any(getattr(t, "steps", None) == 12 for t in plan.techniques)
+    # What few_steps stands in for would act in its place on the embedded model.
+    assert {t.card.name for t in plan.techniques} == {"few_steps", "guidance_interval", "whole_clip_decode"}
+    assert next(t for t in plan.techniques if t.card.name == "few_steps").steps == 12
+    kept = plan_of("fast@fitted_solver.steps=10")
+    assert {"fitted_solver", "few_steps"} <= {t.card.name for t in kept.techniques}
+    assert kept.unless == {"few_steps": "fitted_solver", "guidance_interval": "fitted_solver"}
 
 
 def test_a_task_that_needs_a_model_says_so(tmp_path):

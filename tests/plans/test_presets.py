@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -76,3 +77,17 @@ def test_a_preset_has_the_solver_where_one_is_fitted(preset, others):
             assert ["left out" in p.message and "make one" in p.message for p in told] == [True]
         else:
             assert told == []
+
+
+def test_other_weights_of_the_same_model_get_the_stand_ins():
+    """A solver fits one set of weights; a preset runs on a fine-tuned copy all the same, and says what it left out."""
+    pipe = pipeline("wan2.1")
+    model = dataclasses.replace(describe_pipeline(pipe), name="tiny", family="")
+    model = dataclasses.replace(
+        model, family=describe_pipeline(pipe).family, scheduler=describe("tiny").scheduler
+    )
+    with accelerate(pipe, Plan.load("fast"), model=model) as fast:
+        names = {t.card.name for t in fast.plan.techniques}
+    assert {"few_steps", "guidance_interval"} <= names
+    assert "fitted_solver" not in names
+    assert any("other weights" in w for w in fast.warnings)

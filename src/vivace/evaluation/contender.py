@@ -202,6 +202,8 @@ def parse(text: str) -> Contender:
 def plan_of(text: str) -> Plan:
     """`fast`, `my.yaml`, or `fast@few_steps.steps=12,guidance_interval.high=0.8`.
 
+    A stand-in (`unless:` in the plan) whose setting is changed is meant to act: what it stands in for is left out.
+
     Raises:
         ConfigError: a change names no technique of the plan, or its value is not JSON.
     """
@@ -222,7 +224,11 @@ def plan_of(text: str) -> Plan:
             items[technique] = items[technique].replace(**{field: json.loads(value)})
         except (ValueError, TypeError):
             raise ConfigError(f"'{change}' cannot be read; write technique.setting=value.") from None
-    return Plan(items.values(), called, plan.summary, plan.optional, plan.unless)
+    changed = {change.partition(".")[0].strip() for change in changes.split(",")}
+    replaced = {plan.unless[name] for name in changed if name in plan.unless}
+    kept = [t for name, t in items.items() if name not in replaced]
+    unless = {name: other for name, other in plan.unless.items() if other not in replaced}
+    return Plan(kept, called, plan.summary, plan.optional - replaced, unless)
 
 
 @contextmanager

@@ -238,6 +238,8 @@ class ModelDescription:
     boundary_ratio: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False, repr=False)
     """The pipeline's own settings beside its components, e.g. `expand_timesteps`."""
+    weights: str = field(default="", compare=False)
+    """Hash of the loaded weights, where somebody needed it (`vivace.calibration.artifact.model_hash`)."""
 
     @property
     def depth(self) -> int:

@@ -7,7 +7,7 @@ import sys
 import time
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -82,6 +82,10 @@ class Session:
         self.model = model or describe_pipeline(pipeline)
         if pipeline in _live:
             raise SessionError("this pipeline is in another session; close that one first.")
+        self._model_hash = ""
+        if any(t.card.name in self.plan.optional and self._is_fitted(t) for t in self.plan.techniques):
+            # Whether an optional technique was made for these weights decides what stands in for it.
+            self.model = replace(self.model, weights=self._hash())
         self.warnings = [str(p) for p in self.plan.check(self.model)]
         self.plan = self.plan.fitted(self.model)
         self.edit = Surgery()
@@ -93,7 +97,6 @@ class Session:
         self._fresh = False
         self._kernels: dict[tuple[str, str], KernelRecord] = {}
         self._total: float | None = None
-        self._model_hash = ""
         self._closed = False
         self._counters = counters
         try:
@@ -106,18 +109,15 @@ class Session:
     # -- opening and closing ----------------------------------------------------------------------------------
 
     def _open(self, compile_backend: str | None, on_step: StepListener | None) -> None:
-        modules = {e: m for e in EXPERTS if (m := getattr(self.pipeline, e, None)) is not None}
+        modules = self._modules()
         if not modules:
             raise ModelError(
                 f"{type(self.pipeline).__name__} has no transformer; Vivace drives video transformers."
             )
         adapter = for_module(next(iter(modules.values())))
         plan = self.plan.ordered()
-        whole = not any(p.is_meta for m in modules.values() for p in m.parameters())
-        if whole and any(t.card.calibration != "none" for t in plan):
-            from vivace.calibration.artifact import model_hash
-
-            self._model_hash = model_hash(self.pipeline)
+        if any(t.card.calibration != "none" for t in plan):
+            self._hash()
         early = [t for t in plan if t.card.stage.number < Stage.COMPILE.number]
         for technique in early:
             self._apply(technique, self._target(adapter, modules))
@@ -166,6 +166,23 @@ class Session:
             self._chose,
             self._model_hash,
         )
+
+    def _is_fitted(self, technique: Technique) -> bool:
+        """Whether a technique has what it needs for this model, and that may depend on the weights."""
+        return technique.card.calibration != "none" and not technique.missing(self.model)
+
+    def _modules(self) -> dict[str, Any]:
+        """The transformers by the pipeline's names."""
+        return {e: m for e in EXPERTS if (m := getattr(self.pipeline, e, None)) is not None}
+
+    def _hash(self) -> str:
+        """Of the weights before anything is changed; empty where not all of them are in memory."""
+        modules = self._modules()
+        if not self._model_hash and not any(p.is_meta for m in modules.values() for p in m.parameters()):
+            from vivace.calibration.artifact import model_hash
+
+            self._model_hash = model_hash(self.pipeline)
+        return self._model_hash
 
     def _apply(self, technique: Technique, target: Target) -> None:
         name = technique.card.name

@@ -141,6 +141,8 @@ class FittedSolver(Technique):
             return f"cannot use its file: {error}" if self.file else str(error)
         if found.key.family not in ("", model.family):
             return f"was fitted for the family {found.key.family}, and {model.name} is of {model.family}."
+        if model.weights and found.key.model_hash not in ("", model.weights):
+            return f"was fitted for other weights of {model.name}; make one for these with `{COMMAND}`."
         has = noise_schedule(model.scheduler_class, model.scheduler)
         if found.key.scheduler != has:
             return (
