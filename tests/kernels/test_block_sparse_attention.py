@@ -10,13 +10,28 @@ import torch.nn.functional as F
 from vivace.core.errors import ConfigError
 from vivace.kernels.api import select
 from vivace.kernels.block_sparse_attention.gather import GatherAttention
+from vivace.kernels.block_sparse_attention.listed import ListedAttention
 from vivace.kernels.block_sparse_attention.reference import ReferenceAttention
 from vivace.kernels.block_sparse_attention.spec import OP, BlockMap
+from vivace.testing.interpreter import interpret
 from vivace.testing.kernel_checks import CASES, CHECKS, Case, check_kernel, oracle
 
 
+class Listed(ListedAttention):
+    """The lists without Triton, whose interpreter is slow; its own tests are those of `block_attention`."""
+
+    def __init__(self, block_map, device) -> None:
+        super().__init__(block_map, device, backend="gather")
+
+
+@pytest.mark.skipif(bool(interpret()), reason=interpret() or "runs")
+def test_lists_through_triton_keep_the_contract() -> None:
+    few = [c for c in CASES if c.name in ("odd length", "shuffled tokens with gaps")]
+    assert check_kernel(ListedAttention, cases=few, checks=["values", "padding", "pairs"]) == []
+
+
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("make", [ReferenceAttention, GatherAttention])
+@pytest.mark.parametrize("make", [ReferenceAttention, GatherAttention, Listed])
 def test_kernel_keeps_the_contract(make, check) -> None:
     assert check_kernel(make, checks=[check]) == []
 
@@ -141,7 +156,8 @@ def test_choice_says_why() -> None:
     choice = select(OP, device="cpu")
     assert choice.name == "gather"
     assert "flex" in choice.why
-    assert select(OP, device="cuda", head_dim=64).name == "flex"
+    assert select(OP, device="cuda", head_dim=64).name == "triton"
+    assert select(OP, device="cuda", head_dim=48).name == "flex"
     assert select(OP, device="cuda", head_dim=12).name == "gather"
     assert select(OP, prefer="reference").why == "asked for by name"
     with pytest.raises(ConfigError, match="has no kernel called 'magic'"):

@@ -161,6 +161,16 @@ def _never(context: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _refuse_listed(context: Mapping[str, Any]) -> str | None:
+    from vivace.kernels.block_attention.spec import refuse_triton
+
+    if not _on_gpu(context):
+        return "Triton needs a GPU"
+    # Blocks are widened to a size that it takes.
+    return refuse_triton({k: v for k, v in context.items() if k != "block"})
+
+
+register(OP, Candidate("triton", _refuse_listed, _load("listed", "ListedAttention")))
 register(OP, Candidate("flex", _refuse_flex, _load("flex", "FlexAttention"), _avoid_flex))
 register(OP, Candidate("gather", _never, _load("gather", "GatherAttention")))
 register(OP, Candidate("reference", _never, _load("reference", "ReferenceAttention")))

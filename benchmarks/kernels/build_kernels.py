@@ -1,0 +1,102 @@
+"""Every GPU kernel through the compiler, for every GPU generation it is for; needs no GPU.
+
+    python benchmarks/kernels/build_kernels.py [--capability 80 90] [--only block_attention]
+
+Prints registers, spilled bytes, shared memory and tensor-core instructions of each kernel, and fails (exit code 1)
+where one does not compile, spills, or has no product on the tensor cores where it should.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+
+from vivace.kernels.block_attention.spec import Routes
+from vivace.testing.builds import Build, builds
+
+SPILLS = 64
+"""Bytes of spilled registers that are no matter."""
+
+
+def attention(block: int, dim: int, sizes: bool, bias: bool) -> tuple[torch.Tensor, ...]:
+    """q, k, v, routes and a bias of a small call."""
+    q, k, v = (torch.zeros(1, 2, 4 * block, dim, dtype=torch.bfloat16) for _ in range(3))
+    real = torch.full((1, 1, 4), block, dtype=torch.int32) if sizes else None
+    routes = Routes.of_mask(torch.ones(1, 2, 4, 4, dtype=torch.bool), real, block)
+    return q, k, v, routes, torch.zeros(1, 4 * block) if bias else None  # type: ignore[return-value]
+
+
+def cases(capability: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, what launches kernels) for a GPU generation."""
+    from vivace.kernels.block_attention import triton as blocks
+    from vivace.kernels.block_select import triton as choose
+
+    for block, dim, sizes, bias in (
+        (64, 64, False, False),
+        (64, 128, False, False),
+        (128, 128, False, False),
+        (128, 128, True, True),
+    ):
+        q, k, v, routes, extra = attention(block, dim, sizes, bias)
+        label = f"{block} x {dim}" + (" with sizes and bias" if sizes else "")
+        tuned = blocks.tuning(block, dim, (capability // 10, capability % 10))
+        run = functools.partial(blocks.forward, q, k, v, routes, 0.1, extra)
+        yield f"block_attention forward {label}", functools.partial(run, tuned=tuned)
+        if capability >= 90 and not sizes:
+            engine = blocks.Tuning(8 if block == 128 else 4, 3, 64, tma=True)
+            yield f"block_attention forward, tma, {label}", functools.partial(run, tuned=engine)
+        lse = torch.zeros(q.shape[:3])
+        back = functools.partial(
+            blocks.backward, q, k, v, routes, 0.1, extra, q, lse, q, lse, capability < 90
+        )
+        yield f"block_attention backward {label}", back
+        if capability == 90:
+            from vivace.kernels.block_attention import hopper
+
+            fast = functools.partial(hopper.forward, q, k, v, routes, 0.1, extra)
+            yield f"block_attention hopper {label}", fast
+    for mass in (0.0, 0.9):
+        scores = torch.zeros(1, 2, 500, 500)
+        pick = functools.partial(choose.select, scores, 50, mass, None, 4, True)
+        yield f"block_select mass {mass:g}", pick
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--capability", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--only", default="", help="names that begin so")
+    args = parser.parse_args()
+    bad = 0
+    for capability in args.capability:
+        for name, run in cases(capability):
+            if not name.startswith(args.only):
+                continue
+            try:
+                made = builds(run, capability)
+            except Exception as error:  # a compiler's errors are of many kinds
+                bad += 1
+                print(f"sm_{capability}  {name:52s} does not build: {str(error).splitlines()[-1][:90]}")
+                continue
+            for b in made:
+                wrong = b.spills > SPILLS or ("select" not in name and not b.products)
+                bad += wrong
+                print(told(name, b) + ("  <-" if wrong else ""), flush=True)
+    sys.exit(1 if bad else 0)
+
+
+def told(name: str, b: Build) -> str:
+    """One line."""
+    return (
+        f"sm_{b.capability}  {name:52s} {b.kernel:18s} {b.registers:4d} registers {b.spills:5d} bytes spilled "
+        f"{b.shared:7d} bytes shared {b.products:4d} products"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Starting a Triton kernel: its decorator hides from type checkers what a launch takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A launch that was recorded instead of made."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    settings: dict[str, Any]
+
+
+_records: list[list[Launch]] = []
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
+    """Run `kernel` over `grid`; `settings` are its constants, `num_warps` and the like."""
+    if _records:
+        _records[-1].append(Launch(kernel, grid, arguments, settings))
+        return
+    kernel[grid](*arguments, **settings)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Nothing is started inside; the launches are kept, so that kernels can be built without a GPU."""
+    _records.append([])
+    try:
+        yield _records[-1]
+    finally:
+        _records.pop()

@@ -1,0 +1,65 @@
+"""SpargeAttn's first filter: blocks of similar tokens are judged by their means, the others are always computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from vivace.kernels.block_attention.spec import Routes
+from vivace.techniques.attention.dynamic import DynamicAttention, View
+from vivace.techniques.base import Card, Cite, Need, Paradigm, Stage, exclusive, knob
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpargeAttention(DynamicAttention):
+    """Keeps, for every block of queries, key blocks up to a mass of the softmax over block means (arXiv 2502.18137).
+
+    A block whose tokens differ among themselves says little by its mean: as keys it is always kept, as queries it sees
+    everything.
+    """
+
+    abstract: ClassVar[bool] = False
+    card: ClassVar[Card] = Card(
+        name="sparge_attention",
+        paradigm=Paradigm.ATTENTION,
+        summary="Key blocks up to a mass of the pooled attention map; blocks that their mean does not describe stay.",
+        objective="attention time per step",
+        stage=Stage.KERNELS,
+        claims=(exclusive("attention.kernel"),),
+        cite=Cite(
+            title="SpargeAttention: Accurate and Training-free Sparse Attention Accelerating Any Model Inference",
+            arxiv="2502.18137",
+            code="https://github.com/thu-ml/SpargeAttn",
+            differs="queries and keys have blocks of one size, in the flattened order; the second filter, which drops "
+            "products with values inside the kernel, is left out here",
+        ),
+        needs=(Need.ATTENTION_SITES, Need.TOKEN_GRID),
+        fidelity=0.4,
+    )
+
+    mass: float = knob(0.9, low=0.1, high=1.0)
+    """Of the pooled map's probability that the kept blocks reach together."""
+    similar: float = knob(0.5, low=-1.0, high=1.0)
+    """Mean cosine between the tokens of a block from which on its mean speaks for it."""
+
+    def route(self, view: View) -> Routes:
+        n = view.video
+        alike_q, alike_k = (self_similarity(view, name)[:, :, :n] >= self.similar for name in ("q", "k"))
+        scores = view.pooled_scores().masked_fill(~alike_k[:, :, None], float("-inf"))
+        routes = view.routes(scores, share=1.0 / n, mass=self.mass)
+        keep = routes.mask(view.layout.blocks)
+        keep[:, :, :n, :n] |= ~alike_q[..., None] | ~alike_k[:, :, None]
+        return Routes.of_mask(keep, view.layout.sizes, view.layout.block)
+
+
+def self_similarity(view: View, name: str) -> torch.Tensor:
+    """Mean cosine between all pairs of tokens of each block: (B, H, N), 1 for equal tokens."""
+    import torch
+
+    x = getattr(view, name)
+    unit = torch.nn.functional.normalize(x.float(), dim=-1)
+    # The mean over pairs of x.y is the square of the mean's length.
+    return view.layout.mean(unit).square().sum(-1)
