@@ -17,8 +17,12 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernels" / "build_kernels.p
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_every_kernel_builds_for_its_gpus_without_spilling() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, SCRIPT], env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, SCRIPT], env=environment, capture_output=True, text=True, check=False
+    )
     lines = run.stdout.splitlines()
-    assert run.returncode == 0, "\n".join([line for line in lines if "<-" in line or "not build" in line]) or run.stderr
+    assert run.returncode == 0, (
+        "\n".join([line for line in lines if "<-" in line or "not build" in line]) or run.stderr
+    )
     assert any("hopper" in line for line in lines)
     assert any(line.startswith("sm_80") for line in lines)

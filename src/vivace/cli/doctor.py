@@ -7,10 +7,43 @@ from typing import Annotated
 import typer
 
 NOT_READY = 1
+SHAPE = "Shape for --attention"
 
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print plain data instead of tables.")] = False,
+    attention: Annotated[
+        bool,
+        typer.Option(
+            "--attention", help="Also time dense and block-sparse attention: from where sparse pays."
+        ),
+    ] = False,
+    model: Annotated[
+        str,
+        typer.Option("--model", "-m", help="Whose shape is timed: as for generate.", rich_help_panel=SHAPE),
+    ] = "tiny",
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Tokens, in place of the model's.", show_default=False, rich_help_panel=SHAPE
+        ),
+    ] = None,
+    heads: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Heads, in place of the model's.", show_default=False, rich_help_panel=SHAPE
+        ),
+    ] = None,
+    head_dim: Annotated[
+        int | None,
+        typer.Option(
+            "--head-dim",
+            min=1,
+            help="Dimensions of a head, in place of the model's.",
+            show_default=False,
+            rich_help_panel=SHAPE,
+        ),
+    ] = None,
 ) -> None:
     """What this machine has and what can run on it.
 
@@ -19,8 +52,11 @@ def doctor(
     from vivace.cli.shared import health
     from vivace.cli.shared.screen import screen
 
-    with screen(stderr=True).status("[quiet]looking around"):
+    with screen(stderr=True).status("[quiet]looking around") as status:
         checks = health.examine()
+        if attention:
+            status.update("[quiet]timing attention")
+            checks += health.attention(model, tokens, heads, head_dim)
     ready = not any(c.state == "bad" for c in checks)
     if as_json:
         import dataclasses

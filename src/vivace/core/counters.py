@@ -5,7 +5,8 @@ part of the network outside the blocks). A block's cost per batch row is remembe
 equivalent of work that was skipped is itself a counted figure, not a formula.
 
 Under `torch.compile` the counters stay in the eager first call of each shape: afterwards the remembered cost is
-added per block call, because a Python counter inside a compiled graph would become a guard.
+added per block call, because a Python counter inside a compiled graph would become a guard. Attention kernels that say
+`varies` are asked after the compiled call.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ class Cost:
         return Cost(self.flops / rows, self.flops_dense / rows, self.pairs / rows, self.pairs_dense / rows)
 
 
+Varying = tuple[float, int, Callable[[int], float]]
+"""Attention whose visited pairs differ from call to call: pairs, head dimension, and how to ask for the last call's."""
+
+
 class Meter:
     """Counts one generation. `active` is False outside an evaluation and inside compiled code."""
 
@@ -47,8 +52,10 @@ class Meter:
         """Sites of blocks with a compiled body: the only ones that may run without any counter seeing it."""
         self.total = Cost()
         self._frames: list[Cost] = []
+        self._varying: list[Varying] = []
         self._block_cost: dict[tuple[str, Hashable, Hashable], Cost] = {}
         self._block_dense: dict[tuple[str, Hashable], Cost] = {}
+        self._block_varying: dict[tuple[str, Hashable, Hashable], list[Varying]] = {}
         self._outside: dict[tuple[str, Hashable], Cost] = {}
         self._evaluations: list[tuple[Evaluation, Cost]] = []
 
@@ -65,9 +72,16 @@ class Meter:
         frame.flops += flops
         frame.flops_dense += flops
 
-    def attention(self, pairs: float, pairs_dense: float, head_dim: int) -> None:
-        """Attention visited `pairs` of `pairs_dense` query-key pairs, summed over batch and heads."""
+    def attention(
+        self, pairs: float, pairs_dense: float, head_dim: int, again: Callable[[int], float] | None = None
+    ) -> None:
+        """Attention visited `pairs` of `pairs_dense` query-key pairs, summed over batch and heads.
+
+        `again(rows)` tells the pairs of a later call of this shape that ran compiled; None where they are the same.
+        """
         frame = self._frames[-1]
+        if again is not None:
+            self._varying.append((pairs, head_dim, again))
         frame.pairs += pairs
         frame.pairs_dense += pairs_dense
         frame.flops += 4.0 * pairs * head_dim
@@ -97,17 +111,22 @@ class Meter:
             return run()
         key, frame = (site, evaluation.key, evaluation.variant), Cost()
         self._frames.append(frame)
+        self._varying = []
         try:
             out = run()
         finally:
             self._frames.pop()
         if key not in self._block_cost:
             self._block_cost[key] = frame.per(rows)
+            self._block_varying[key] = [(pairs / rows, dim, again) for pairs, dim, again in self._varying]
             # Variants differ in what they execute, never in what the dense model would.
             self._block_dense.setdefault(key[:2], self._block_cost[key])
         elif not frame.flops and site in self.compiled:
             # The body ran compiled, with no counter inside: charge what its eager first call was counted at.
             frame.add(self._block_cost[key], rows)
+            for pairs, dim, again in self._block_varying[key]:
+                more = again(rows) - pairs * rows
+                frame.add(Cost(flops=4.0 * more * dim, pairs=more))
         self._evaluations[-1][1].add(frame)
         # Rows of a fused batch are shared among the branches: half the rows of a pair is one branch's block.
         evaluation.blocks_run += evaluation.requested * rows / max(evaluation.rows, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from vivace.core.counters import Meter, linear_flops
@@ -70,14 +71,22 @@ def _count_attention(edit: Surgery, meter: Meter, site: AttentionSite) -> None:
             if meter.active:
                 rows, queries, keys = site.lengths(args, kwargs)
                 dense = float(rows) * site.heads * queries * keys
-                pairs = getattr(getattr(site.module.processor, "kernel", None), "pairs", None)
+                kernel = getattr(site.module.processor, "kernel", None)
+                pairs = getattr(kernel, "pairs", None)
                 visited = dense if pairs is None else pairs(rows, site.heads, queries, keys)
-                meter.attention(visited, dense, site.head_dim)
+                again = None
+                if pairs is not None and getattr(kernel, "varies", False):
+                    again = partial(_pairs, pairs, site.heads, queries, keys)
+                meter.attention(visited, dense, site.head_dim, again)
             return out
 
         return forward
 
     edit.wrap(site.module, make)
+
+
+def _pairs(pairs: Callable[..., float], heads: int, queries: int, keys: int, rows: int) -> float:
+    return pairs(rows, heads, queries, keys)
 
 
 def _count_block(edit: Surgery, meter: Meter, block: Block) -> None:

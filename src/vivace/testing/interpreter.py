@@ -1,7 +1,7 @@
 """Triton's interpreter, made to run here: kernels on a CPU, one program after the other, for tests.
 
-Call `interpret()` before the first module with Triton kernels is imported: a kernel is interpreted or compiled as it was
-defined.
+Call `interpret()` before the first module with Triton kernels is imported: a kernel is interpreted or compiled as it
+was defined.
 """
 
 from __future__ import annotations

@@ -199,7 +199,9 @@ def test_problems_are_told_before_anything_is_loaded() -> None:
     model = describe_pipeline(models.pipeline("wan2.1"))
     with pytest.raises(PlanError, match="keeps all 4 layers dense"):
         Plan([SlidingTile(dense_layers=2)]).check(model)
-    with pytest.raises(PlanError, match="backend must be one of auto, flex, gather, reference"):
+    with pytest.raises(
+        PlanError, match="backend must be one of auto, hopper, triton, flex, gather, reference"
+    ):
         Plan([Radial(backend="magic")]).check(model)
     warnings = Plan([SlidingTile(window=0.95)]).check(model)
     assert any("no gain at this shape" in str(w) for w in warnings)

@@ -10,12 +10,18 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vivace.core.env import cpu_flags, cpu_name, fast_bf16_cpu, versions
 from vivace.report.units import size
 
+if TYPE_CHECKING:
+    from vivace.kernels.breakeven import BreakEven
+
 ROOM = 512 * 2**20
 """Free space under which a comparison may not fit."""
+CPU_TOKENS = 4096
+"""Longest sequence that `attention` times on a CPU, where attention over a real clip takes minutes."""
 _TELLING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
 _EXTRAS = {
     "cv2": ("metrics by optical flow", "pip install 'vivace[eval]'"),
@@ -42,6 +48,80 @@ def examine() -> list[Check]:
     """All checks, in the order in which they are shown."""
     parts = (_software, _machine, _model, _kernels, _video, _extras, _weights, _space)
     return [check for part in parts for check in part()]
+
+
+def attention(
+    model: str = "tiny", tokens: int | None = None, heads: int | None = None, head_dim: int | None = None
+) -> list[Check]:
+    """Times dense and block-sparse attention here: at which densities a mask pays, and which kernels would run.
+
+    Args:
+        model: whose clip is timed at its default size; what is given beside it wins.
+        tokens: at most `CPU_TOKENS` of them are timed on a CPU.
+
+    Raises:
+        ModelError, UnknownNameError: the model's shape is needed and not known.
+    """
+    import torch
+
+    from vivace.core.errors import ModelError
+    from vivace.kernels.breakeven import Shape, break_even
+
+    if tokens is None or heads is None or head_dim is None:
+        from vivace.models.loading import describe
+
+        described = describe(model)
+        grid = described.grid(described.workload())
+        if grid is None:
+            raise ModelError(
+                f"{described.name} has no known token grid; give --tokens, --heads and --head-dim."
+            )
+        expert = described.experts[0]
+        tokens, heads = tokens or grid.tokens, heads or expert.heads
+        head_dim = head_dim or expert.head_dim
+    gpu = torch.cuda.is_available()
+    timed = tokens if gpu else min(tokens, CPU_TOKENS)
+    block = 64
+    # As the techniques do: a short sequence gets smaller blocks, so that there is something to choose from.
+    while not gpu and block > 16 and timed < 16 * block:
+        block //= 2
+    shape = Shape(timed, heads, head_dim, block, "bfloat16" if gpu else "float32")
+    found = break_even("block_attention", shape, "cuda" if gpu else "cpu")
+    return list(_attention(found, tokens))
+
+
+def _attention(found: BreakEven, tokens: int) -> Iterator[Check]:
+    section = "Attention"
+    shorter = f"{tokens:,} tokens asked for, which take minutes here" if tokens != found.shape.tokens else ""
+    yield Check(section=section, name="timed", state="good", detail=str(found.shape), advice=shorter)
+    yield Check(
+        section=section,
+        name="all pairs",
+        state="good",
+        detail=f"{found.dense_seconds * 1e3:.3g} ms by {found.dense.name}",
+        advice=found.dense.why,
+    )
+    for density, seconds in found.points:
+        faster = found.dense_seconds / seconds
+        yield Check(
+            section=section,
+            name=f"{density:.0%} of them",
+            state="good" if faster > 1.0 else "fair",
+            detail=f"{seconds * 1e3:.3g} ms, "
+            + (f"{faster:.2g}x faster" if faster > 1.0 else f"{1 / faster:.2g}x slower"),
+        )
+    pays = found.density
+    yield Check(
+        section=section,
+        name="break-even",
+        state="good" if pays > 0.0 else "fair",
+        detail=f"a mask pays that keeps less than {pays:.0%} of the pairs"
+        if pays > 0.0
+        else f"no mask pays, not even one that keeps {found.points[0][0]:.0%} of the pairs",
+    )
+    yield Check(
+        section=section, name="sparse kernel", state="good", detail=found.sparse.name, advice=found.sparse.why
+    )
 
 
 def _software() -> Iterator[Check]:

@@ -170,6 +170,13 @@ def _refuse_listed(context: Mapping[str, Any]) -> str | None:
     return refuse_triton({k: v for k, v in context.items() if k != "block"})
 
 
+def _refuse_hopper(context: Mapping[str, Any]) -> str | None:
+    from vivace.kernels.block_attention.spec import refuse_hopper
+
+    return refuse_hopper({k: v for k, v in context.items() if k != "block"})
+
+
+register(OP, Candidate("hopper", _refuse_hopper, _load("listed", "HopperAttention")))
 register(OP, Candidate("triton", _refuse_listed, _load("listed", "ListedAttention")))
 register(OP, Candidate("flex", _refuse_flex, _load("flex", "FlexAttention"), _avoid_flex))
 register(OP, Candidate("gather", _never, _load("gather", "GatherAttention")))

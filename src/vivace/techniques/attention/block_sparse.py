@@ -6,7 +6,7 @@ sees a plain attribute and compiles at most twice (dense and sparse).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,17 +27,13 @@ NO_GAIN = 0.6
 
 
 class SwitchedAttention:
-    """The kernel at the sites of one expert: the model's own dense attention, or a block-sparse kernel when one is set.
-
-    `built` holds the kernels of the shapes and devices seen so far; None where the pattern is dense.
-    """
+    """The kernel at one or more sites: the model's own dense attention, or a block-sparse kernel when one is set."""
 
     def __init__(self, backend: Any) -> None:
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
         self._dispatch, self._backend = dispatch_attention_fn, backend
         self.sparse: Kernel | None = None
-        self.built: dict[tuple[TokenGrid, Any], Kernel | None] = {}
 
     def __call__(self, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
         if self.sparse is not None:
@@ -71,6 +67,20 @@ class BlockSparseAttention(Technique):
         raise TypeError(f"{type(self).__name__} does not say which blocks it keeps")
 
     @property
+    def operation(self) -> str:
+        """The operation (folder under `vivace.kernels`) that `backend` names a kernel of."""
+        return OP
+
+    @property
+    def per_site(self) -> bool:
+        """Whether every attention site has a kernel of its own; the sites of an expert share one otherwise."""
+        return False
+
+    def visited_share(self, model: ModelDescription, grid: TokenGrid) -> float:
+        """Share of the pairs of a grid that the sparse layers visit."""
+        return self.block_map(grid).density
+
+    @property
     def warmup(self) -> int:
         """The plan compares it with the number of steps."""
         return self.dense_steps
@@ -83,7 +93,7 @@ class BlockSparseAttention(Technique):
 
     def check(self, model: ModelDescription) -> list[Problem]:
         found = []
-        if self.backend not in (names := ["auto", *(c.name for c in candidates(OP))]):
+        if self.backend not in (names := ["auto", *(c.name for c in candidates(self.operation))]):
             found.append(self.problem("setting", f"backend must be one of {', '.join(names)}."))
         if not any(self._described(model, expert) for expert in model.experts):
             found.append(
@@ -93,7 +103,7 @@ class BlockSparseAttention(Technique):
                 )
             )
         grid = model.grid(model.workload())
-        share = self.block_map(grid).density if grid is not None else 0.0
+        share = self.visited_share(model, grid) if grid is not None else 0.0
         if share > NO_GAIN:
             found.append(
                 self.problem(
@@ -132,50 +142,78 @@ class BlockSparseAttention(Technique):
     def apply(self, target: Target) -> None:
         for expert in target.experts:
             if sites := list(self._sites(expert)):
-                switch = SwitchedAttention(getattr(sites[0].module.processor, "_attention_backend", None))
-                for site in sites:
+                shared = self._switch(sites[0])
+                switches = [self._switch(site) if self.per_site else shared for site in sites]
+                for site, switch in zip(sites, switches, strict=True):
                     target.set_kernel(site, switch)
-                target.around_expert(expert, self._handler(target, expert, switch))
+                target.around_expert(expert, self._handler(target, expert, sites, switches))
                 target.report(self.card.name, "sites", len(sites))
+
+    @staticmethod
+    def _switch(site: AttentionSite) -> SwitchedAttention:
+        return SwitchedAttention(getattr(site.module.processor, "_attention_backend", None))
 
     def _sites(self, expert: Expert) -> Iterator[AttentionSite]:
         for site in expert.attentions:
             if site.kind in KINDS and self._is_sparse(site.index, len(expert.blocks)):
                 yield site
 
-    def _handler(self, target: Target, expert: Expert, switch: SwitchedAttention) -> Callable[..., Any]:
+    def _handler(
+        self,
+        target: Target,
+        expert: Expert,
+        sites: Sequence[AttentionSite],
+        switches: Sequence[SwitchedAttention],
+    ) -> Callable[..., Any]:
+        built: dict[tuple[TokenGrid, Any, str], Sequence[Kernel | None]] = {}
+
         def handler(call: RootCall, run: Callable[[RootCall], torch.Tensor]) -> torch.Tensor:
             evaluation = target.clock.evaluation
             assert evaluation is not None  # around_expert calls handlers inside an evaluation only
             if target.clock.step < self.dense_steps:
                 evaluation.variant += (f"{self.card.name}: dense",)
                 return run(call)
-            switch.sparse = self._kernel(target, expert, switch, call)
-            if switch.sparse is not None:
+            kernels = self._kernels(target, expert, sites, call, built)
+            for switch, kernel in zip(switches, kernels, strict=True):
+                switch.sparse = kernel
+            if any(kernel is not None for kernel in kernels):
                 evaluation.mark(self.card.name)
                 target.report(self.card.name, "sparse_evaluations", 1)
             try:
                 return run(call)
             finally:
-                switch.sparse = None
+                for switch in switches:
+                    switch.sparse = None
 
         return handler
 
-    def _kernel(
-        self, target: Target, expert: Expert, switch: SwitchedAttention, call: RootCall
-    ) -> Kernel | None:
+    def _kernels(
+        self,
+        target: Target,
+        expert: Expert,
+        sites: Sequence[AttentionSite],
+        call: RootCall,
+        built: dict[tuple[TokenGrid, Any, str], Sequence[Kernel | None]],
+    ) -> Sequence[Kernel | None]:
+        """The kernels of a call's shape, device and dtype, made at their first use; None where the pattern is dense."""
         assert target.adapter is not None  # without one there are no sites
         # The grid of what reaches the network, which need not be what the pipeline asked for.
         config: Any = expert.module.config
         grid = target.adapter.grid_of_call(config, call.values)
-        device = call.values["hidden_states"].device
-        if (grid, device) not in switch.built:
-            block_map = self.block_map(grid)
-            kernel = None
-            if not block_map.keep.all():
-                head_dim = expert.attentions[0].head_dim
-                choice = select(OP, self.backend, device=device.type, head_dim=head_dim)
-                target.chosen(choice)
-                kernel = choice.run(block_map, device)
-            switch.built[grid, device] = kernel
-        return switch.built[grid, device]
+        hidden = call.values["hidden_states"]
+        device, dtype = hidden.device, str(hidden.dtype).removeprefix("torch.")
+        if (grid, device, dtype) not in built:
+            built[grid, device, dtype] = self._build(target, sites, grid, device, dtype)
+        return built[grid, device, dtype]
+
+    def _build(
+        self, target: Target, sites: Sequence[AttentionSite], grid: TokenGrid, device: Any, dtype: str
+    ) -> Sequence[Kernel | None]:
+        """One kernel for each site. A subclass with `per_site` overrides this."""
+        block_map = self.block_map(grid)
+        kernel = None
+        if not block_map.keep.all():
+            choice = select(OP, self.backend, device=device.type, head_dim=sites[0].head_dim, dtype=dtype)
+            target.chosen(choice)
+            kernel = choice.run(block_map, device)
+        return [kernel] * len(sites)

@@ -20,7 +20,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vivace.core.shapes import TokenGrid, Workload
-from vivace.kernels.api import candidates, select
+from vivace.kernels.api import Choice, candidates, select
 from vivace.kernels.block_attention.spec import OP as ATTEND
 from vivace.kernels.block_attention.spec import Routes
 from vivace.kernels.block_select.spec import OP as SELECT
@@ -203,6 +203,10 @@ class DynamicAttention(Technique):
         out, lse = view.attend(view.q, view.k, view.v, routes, view.scale, view.bias)
         return self.finish(view, routes, out, lse), routes
 
+    def selector(self, **context: Any) -> Choice:
+        """The kernel of `View.select` for a context (device, block, blocks, head_dim)."""
+        return select(SELECT, **context)
+
     def finish(self, view: View, routes: Routes, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
         """What is made of the attention over the chosen blocks; as it is, for most methods."""
         return out
@@ -363,17 +367,18 @@ class DynamicAttention(Technique):
         assert target.adapter is not None  # without one there are no sites
         # The grid of what reaches the network, which need not be what the pipeline asked for.
         grid = target.adapter.grid_of_call(expert.config, call.values)
-        device = call.values["hidden_states"].device
-        if (grid, device) not in built:
+        hidden = call.values["hidden_states"]
+        device, dtype = hidden.device, str(hidden.dtype).removeprefix("torch.")
+        if (grid, device, dtype) not in built:
             layouts = [self.layout(grid, device, n) for n in range(self.partitions)]
             head_dim, block = expert.attentions[0].head_dim, layouts[0].block
-            context = {"device": device.type, "block": block, "head_dim": head_dim}
+            context = {"device": device.type, "block": block, "head_dim": head_dim, "dtype": dtype}
             if self.precision == "int8":
                 attend = select_low(self.backend, **context)
             else:
                 attend = select(ATTEND, self.backend, **context)
-            choose = select(SELECT, device=device.type, blocks=max(layout.blocks for layout in layouts))
+            choose = self.selector(**context, blocks=max(layout.blocks for layout in layouts))
             target.chosen(attend)
             target.chosen(choose)
-            built[grid, device] = layouts, choose.run, attend.run
-        return built[grid, device]
+            built[grid, device, dtype] = layouts, choose.run, attend.run
+        return built[grid, device, dtype]

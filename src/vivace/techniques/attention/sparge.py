@@ -33,8 +33,8 @@ class SpargeAttention(DynamicAttention):
             title="SpargeAttention: Accurate and Training-free Sparse Attention Accelerating Any Model Inference",
             arxiv="2502.18137",
             code="https://github.com/thu-ml/SpargeAttn",
-            differs="queries and keys have blocks of one size, in the flattened order; the second filter, which drops "
-            "products with values inside the kernel, is left out here",
+            differs="queries and keys have blocks of one size, in the flattened order; the second filter acts on a "
+            "whole tile at a time and in the Triton kernel only, elsewhere everything is computed",
         ),
         needs=(Need.ATTENTION_SITES, Need.TOKEN_GRID),
         fidelity=0.4,
@@ -44,15 +44,28 @@ class SpargeAttention(DynamicAttention):
     """Of the pooled map's probability that the kept blocks reach together."""
     similar: float = knob(0.5, low=-1.0, high=1.0)
     """Mean cosine between the tokens of a block from which on its mean speaks for it."""
+    share: float = knob(0.0, low=0.0, high=1.0)
+    """Where positive: the share of key blocks that is kept, in the place of a mass (the original's top-k)."""
+    skip: float = knob(0.0, low=0.0, high=40.0)
+    """Where positive: how far (natural logarithm) all scores of a tile must lie below their rows' largest so far for
+    the product with its values to be left out; the paper's is 15 to 40."""
 
     def route(self, view: View) -> Routes:
         n = view.video
         alike_q, alike_k = (self_similarity(view, name)[:, :, :n] >= self.similar for name in ("q", "k"))
         scores = view.pooled_scores().masked_fill(~alike_k[:, :, None], float("-inf"))
-        routes = view.routes(scores, share=1.0 / n, mass=self.mass)
+        share, mass = (self.share, 0.0) if self.share > 0.0 else (1.0 / n, self.mass)
+        routes = view.routes(scores, share=share, mass=mass)
         keep = routes.mask(view.layout.blocks)
         keep[:, :, :n, :n] |= ~alike_q[..., None] | ~alike_k[:, :, None]
         return Routes.of_mask(keep, view.layout.sizes, view.layout.block)
+
+    def attention(self, view: View, kept: Routes | None) -> tuple[torch.Tensor, Routes]:
+        if self.skip <= 0.0 or self.precision != "full":
+            return super().attention(view, kept)
+        routes = self.route(view) if kept is None else kept
+        out, _ = view.attend(view.q, view.k, view.v, routes, view.scale, view.bias, skip=self.skip)
+        return out, routes
 
 
 def self_similarity(view: View, name: str) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""k-means of tokens, per sample and head; see `op`."""

@@ -1,0 +1,1 @@
+"""Attention over all pairs, by any of several vendors; see `spec`."""
