@@ -3,8 +3,8 @@
     python benchmarks/kernels/tune_attention.py --out benchmarks/results/DATE/kernels/tune-attention.json
 
 For every block size every setting (`vivace.kernels.block_attention.triton.Tuning`; pipeline depths of the Hopper
-kernel) is checked against the reference on a small call, then timed on random lists of the asked density: CUDA events, warm-up,
-median, all settings in turns. The best ones belong into `tuning()` and `stages()`.
+kernel) is checked against the reference on a small call, then timed on random lists of the asked density: CUDA events,
+warm-up, median, all settings in turns. The best ones belong into `tuning()` and `stages()`.
 """
 
 from __future__ import annotations

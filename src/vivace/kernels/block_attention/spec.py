@@ -159,6 +159,11 @@ def refuse_triton(context: Mapping[str, Any]) -> str | None:
     return None
 
 
+def avoid_interpreted(context: Mapping[str, Any]) -> str | None:
+    """Why a Triton kernel is taken only by name: without a GPU it is interpreted, program after program."""
+    return None if on_gpu(context) else "Triton would be interpreted here, which is for tests"
+
+
 def _never(context: Mapping[str, Any]) -> str | None:
     return None
 
@@ -187,6 +192,6 @@ def _capability() -> tuple[int, int] | None:
 
 
 register(OP, Candidate("hopper", refuse_hopper, _load("hopper")))
-register(OP, Candidate("triton", refuse_triton, _load("triton")))
+register(OP, Candidate("triton", refuse_triton, _load("triton"), avoid_interpreted))
 register(OP, Candidate("gather", _never, _load("gather")))
 register(OP, Candidate("reference", _never, _load("reference")))

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vivace.kernels.api import Candidate, register
+from vivace.kernels.block_attention.spec import avoid_interpreted
 
 OP = "block_select"
 MOST = 4096
@@ -50,5 +51,5 @@ def _never(context: Mapping[str, Any]) -> str | None:
     return None
 
 
-register(OP, Candidate("triton", _refuse_triton, _load("triton")))
+register(OP, Candidate("triton", _refuse_triton, _load("triton"), avoid_interpreted))
 register(OP, Candidate("reference", _never, _load("reference")))

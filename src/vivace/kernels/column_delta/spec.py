@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vivace.kernels.api import Candidate, register
-from vivace.kernels.block_attention.spec import refuse_triton
+from vivace.kernels.block_attention.spec import avoid_interpreted, refuse_triton
 
 if TYPE_CHECKING:
     import torch
@@ -120,5 +120,5 @@ def _load(name: str) -> Callable[[], Callable[..., Any]]:
     return load
 
 
-register(OP, Candidate("triton", refuse_triton, _load("triton")))
+register(OP, Candidate("triton", refuse_triton, _load("triton"), avoid_interpreted))
 register(OP, Candidate("reference", _never, _load("reference")))

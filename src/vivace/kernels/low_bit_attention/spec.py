@@ -32,7 +32,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vivace.kernels.api import Candidate, Choice, register, select
-from vivace.kernels.block_attention.spec import Routes, on_gpu
+from vivace.kernels.block_attention.spec import Routes, avoid_interpreted, on_gpu
 from vivace.kernels.block_attention.spec import check_inputs as check_block_inputs
 from vivace.kernels.block_attention.spec import refuse_triton as refuse_block_triton
 
@@ -129,5 +129,5 @@ def _load(name: str) -> Callable[[], Callable[..., Any]]:
     return load
 
 
-register(OP, Candidate("triton", _refuse_triton, _load("triton")))
+register(OP, Candidate("triton", _refuse_triton, _load("triton"), avoid_interpreted))
 register(OP, Candidate("reference", _never, _load("reference"), _avoid_emulation))
