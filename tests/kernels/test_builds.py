@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+# The largest of each kind; the script alone builds them all.
 LARGEST = (
     "block_attention forward 128 x 128 with",
     "block_attention hopper 128 x 128 with",
@@ -21,14 +22,12 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernels" / "build_kernels.p
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_every_kernel_builds_for_its_gpus_without_spilling() -> None:
+def test_kernels_build_for_their_gpus_without_spilling() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, SCRIPT], env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, SCRIPT, "--only", *LARGEST]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = run.stdout.splitlines()
-    assert run.returncode == 0, (
-        "\n".join([line for line in lines if "<-" in line or "not build" in line]) or run.stderr
-    )
+    bad = [line for line in lines if "<-" in line or "not build" in line]
+    assert run.returncode == 0, "\n".join(bad) or run.stderr
     assert any("hopper" in line for line in lines)
     assert any(line.startswith("sm_80") for line in lines)
