@@ -44,7 +44,7 @@ class Build:
     capability: int
     registers: int
     spills: int
-    """Bytes of registers that went to memory."""
+    """Bytes of a thread's stack: registers that went to memory."""
     shared: int
     """Bytes of shared memory."""
     products: int
@@ -79,7 +79,7 @@ def build(found: Launch, capability: int) -> Build:
     )
     compiled: Any = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = compiled.asm["ptx"]
-    registers, spills = _assembled(ptx)
+    registers, spills = _assembled(compiled.asm["cubin"])
     return Build(
         found.kernel.fn.__name__,
         capability,
@@ -113,28 +113,16 @@ def _divisible(arguments: tuple[Any, ...]) -> dict[tuple[int, ...], list[list[An
     return found
 
 
-def _assembled(ptx: str) -> tuple[int, int]:
-    """(registers a thread, bytes spilled) as ptxas tells."""
+def _assembled(cubin: bytes) -> tuple[int, int]:
+    """(registers a thread, bytes of its stack) as the machine code says."""
     from triton import knobs
 
-    target = re.search(r"\.target (\w+)", ptx)
-    assert target is not None
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
         out = subprocess.run(
-            [
-                knobs.nvidia.ptxas.path,
-                "-v",
-                f"-arch={target[1]}",
-                source,
-                "-o",
-                Path(folder) / "kernel.cubin",
-            ],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stderr
-    registers = re.search(r"Used (\d+) registers", out)
-    spills = sum(map(int, re.findall(r"(\d+) bytes spill", out)))
-    return int(registers[1]) if registers else 0, spills
+            [knobs.nvidia.cuobjdump.path, "-res-usage", file], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", out)
+    assert found is not None, out
+    return int(found[1]), int(found[2])

@@ -29,6 +29,8 @@ from vivace.kernels.launch import launch
 
 __all__ = ["backward", "forward"]
 
+# Triton 3.9 calls it so.
+_load: Any = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 LOG2E = 1.4426950408889634
 ROWS = gl.constexpr(64)
 """Of queries that a group of four warps computes."""
@@ -52,21 +54,17 @@ def _bring(
     """The producer: queries once, then the tiles of the list."""
     mbarrier.expect(q_ready, q_desc.block_type.nbytes * GROUPS)
     for group in gl.static_range(GROUPS):
-        tma.async_copy_global_to_shared(q_desc, [q_row + group * ROWS, q_col], q_ready, q_tile.index(group))
+        _load(q_desc, [q_row + group * ROWS, q_col], q_ready, q_tile.index(group))
     for j in range(count):
         at, turn = j % STAGES, (j // STAGES) & 1
         block = gl.load(index_ptr + j)
         # The barriers of empty tiles begin in the phase before their first.
         mbarrier.wait(k_empty.index(at), turn ^ 1)
         mbarrier.expect(k_ready.index(at), k_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            k_desc, [k_row + block * keys, k_col], k_ready.index(at), k_tiles.index(at)
-        )
+        _load(k_desc, [k_row + block * keys, k_col], k_ready.index(at), k_tiles.index(at))
         mbarrier.wait(v_empty.index(at), turn ^ 1)
         mbarrier.expect(v_ready.index(at), v_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            v_desc, [v_row + block * keys, v_col], v_ready.index(at), v_tiles.index(at)
-        )
+        _load(v_desc, [v_row + block * keys, v_col], v_ready.index(at), v_tiles.index(at))
 
 
 @gluon.jit
