@@ -18,7 +18,7 @@ import torch
 from vivace.kernels.block_attention.spec import Routes
 from vivace.testing.builds import Build, builds
 
-SPILLS = 64
+SPILLS = 128
 """Bytes of spilled registers that are no matter."""
 
 
