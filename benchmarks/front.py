@@ -85,6 +85,9 @@ def main() -> None:
     parser.add_argument("store", type=Path, nargs="+")
     parser.add_argument("--json", type=Path, help="also as a file")
     args = parser.parse_args()
+    for folder in args.store:
+        if not any(r.contender.name == "exact" for r in Store(folder).records()):
+            parser.error(f"{folder} holds no record of the exact run; give the folder of a `vivace bench`.")
     everyone, exact = read(args.store)
     print(f"exact: {np.mean(list(exact.values())):.2%} of the attributes right, {len(exact)} clips")
     out: dict[str, Any] = {"stores": [p.name for p in args.store], "speedups": []}

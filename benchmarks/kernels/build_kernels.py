@@ -85,11 +85,12 @@ def main() -> None:
     parser.add_argument("--capability", type=int, nargs="+", default=[80, 90])
     parser.add_argument("--only", nargs="+", default=[""], help="names that begin so")
     args = parser.parse_args()
-    bad = 0
+    bad = seen = 0
     for capability in args.capability:
         for name, run in cases(capability):
             if not name.startswith(tuple(args.only)):
                 continue
+            seen += 1
             try:
                 made = builds(run, capability)
             except Exception as error:  # a compiler's errors are of many kinds
@@ -100,6 +101,8 @@ def main() -> None:
                 wrong = b.spills > SPILLS or (needs_products(b.kernel) and not b.products)
                 bad += wrong
                 print(told(name, b) + ("  <-" if wrong else ""), flush=True)
+    if not seen:
+        parser.error(f"no kernel's name begins with {' or '.join(args.only)}.")
     sys.exit(1 if bad else 0)
 
 

@@ -144,6 +144,7 @@ def test_without_a_check_nothing_is_counted(vivace, folder: Path, here: Path) ->
     ("arguments", "phrase"),
     [
         (("--technique", "teacache"), "needs a --target"),
+        (("--target", "loss=0"), "X above 0"),
         (("--technique", "fora", "--target", "speedup=2"), "cannot be solved for"),
         (("--technique", "teacache@warmup=x", "--target", "speedup=2"), "warmup"),
     ],

@@ -174,3 +174,9 @@ def test_the_models_shape(monkeypatch):
 def test_a_mistaken_shape_is_one_sentence(vivace):
     assert vivace("doctor", "--attention", "--model", "no-such-model").code == 2
     assert vivace("doctor", "--attention", "--tokens", "1").code == 2
+
+
+def test_a_shape_without_timing_is_refused(vivace) -> None:
+    run = vivace("doctor", "--tokens", "64")
+    assert run.code == 2
+    assert "--attention" in run.sentence

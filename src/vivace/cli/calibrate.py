@@ -199,10 +199,10 @@ def _target(text: str) -> tuple[str, float]:
         number = float(value)
     except ValueError:
         number = float("nan")
-    least = {"speedup": 1.0, "loss": 0.0}.get(name)
+    least = {"speedup": 1.0, "loss": 1e-6}.get(name)
     if least is None or not least <= number < float("inf"):
         raise ConfigError(
-            f"the target '{text}' is neither speedup=X with X from 1 on nor loss=X with X from 0 on."
+            f"the target '{text}' is neither speedup=X with X from 1 on nor loss=X with X above 0."
         )
     return name, number
 

@@ -51,6 +51,10 @@ def doctor(
     """
     from vivace.cli.shared import health
     from vivace.cli.shared.screen import screen
+    from vivace.core.errors import ConfigError
+
+    if not attention and (model != "tiny" or any(x is not None for x in (tokens, heads, head_dim))):
+        raise ConfigError("a shape is timed with --attention; add it, or leave the shape out.")
 
     with screen(stderr=True).status("[quiet]looking around") as status:
         checks = health.examine()

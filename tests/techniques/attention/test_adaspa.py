@@ -7,14 +7,12 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from views import view_of
 
 from vivace.core.shapes import TokenGrid
 from vivace.kernels import block_mass
-from vivace.kernels.block_attention.op import block_attention
-from vivace.kernels.block_select.op import select_blocks
 from vivace.techniques.attention import adaspa
 from vivace.techniques.attention.adaspa import AdaSpa, best_for_all, exact_shares
-from vivace.techniques.attention.dynamic import View
 from vivace.testing.subjects import Subject
 
 GRIDS = (
@@ -23,20 +21,6 @@ GRIDS = (
     TokenGrid(3, 7, 10, text=9),
     TokenGrid(2, 9, 9, text=20, text_first=True),
 )
-
-
-def view_of(technique, grid, q, k, v, mask=None):
-    layout = technique.layout(grid)
-    arranged = (layout.arrange(x) for x in (q, k, v))
-    return View(
-        *arranged,
-        layout=layout,
-        scale=q.shape[-1] ** -0.5,
-        memory={},
-        select=select_blocks,
-        attend=block_attention,
-        bias=layout.key_bias(mask, len(q)),
-    )
 
 
 def shares_by_hand(q, k, grid, start, allowed):

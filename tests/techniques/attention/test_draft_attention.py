@@ -5,28 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from views import view_of
 
 from vivace.core.shapes import TokenGrid
-from vivace.kernels.block_attention.op import block_attention
-from vivace.kernels.block_select.op import select_blocks
 from vivace.techniques.attention.draft_attention import DraftAttention, largest
-from vivace.techniques.attention.dynamic import View
 from vivace.testing.subjects import Subject
 
 GRIDS = (TokenGrid(4, 8, 8), TokenGrid(3, 8, 12, text=10), TokenGrid(5, 8, 8, text=20, text_first=True))
-
-
-def view_of(technique, grid, q, k, v):
-    layout = technique.layout(grid)
-    arranged = (layout.arrange(x) for x in (q, k, v))
-    return View(
-        *arranged,
-        layout=layout,
-        scale=q.shape[-1] ** -0.5,
-        memory={},
-        select=select_blocks,
-        attend=block_attention,
-    )
 
 
 def draft_by_hand(q, k, grid, side):

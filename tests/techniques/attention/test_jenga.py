@@ -7,12 +7,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from views import view_of
 
 from vivace.core.shapes import TokenGrid
-from vivace.kernels.block_attention.op import block_attention
-from vivace.kernels.block_select.op import select_blocks
 from vivace.techniques.attention.arrangements import along_curve, in_rows
-from vivace.techniques.attention.dynamic import View
 from vivace.techniques.attention.jenga import Jenga, touching
 
 GRIDS = (
@@ -21,19 +19,6 @@ GRIDS = (
     TokenGrid(3, 12, 9, text=20),
     TokenGrid(5, 9, 9, text=7, text_first=True),
 )
-
-
-def view_of(technique, grid, q, k, v):
-    layout = technique.layout(grid)
-    arranged = (layout.arrange(x) for x in (q, k, v))
-    return View(
-        *arranged,
-        layout=layout,
-        scale=q.shape[-1] ** -0.5,
-        memory={},
-        select=select_blocks,
-        attend=block_attention,
-    )
 
 
 def place(grid, token):

@@ -6,26 +6,15 @@ import math
 
 import pytest
 import torch
+from views import view_of
 
 from vivace.core.shapes import TokenGrid
-from vivace.kernels.block_attention.op import runner as attention_by
-from vivace.kernels.block_select.op import runner as selection_by
-from vivace.techniques.attention.dynamic import View
 from vivace.techniques.attention.pisa import Pisa
 from vivace.testing.subjects import Subject
 
 GRID = TokenGrid(3, 5, 6)  # 90 tokens: five blocks of 16 and one of 10
 JOINT = TokenGrid(3, 5, 6, text=20)
 D, HEADS, BATCH = 8, 2, 2
-
-
-def view_of(technique, grid, q, k, v):
-    """A call as the engine hands it over; q, k, v (B, S, H, D)."""
-    layout = technique.layout(grid)
-    arranged = (layout.arrange(x) for x in (q, k, v))
-    return View(
-        *arranged, layout, D**-0.5, {}, selection_by("reference"), attention_by("reference"), bias=None
-    )
 
 
 def attend(technique, grid, q, k, v):

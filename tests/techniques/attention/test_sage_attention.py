@@ -10,9 +10,10 @@ import torch.nn.functional as F
 
 from vivace import Plan, accelerate
 from vivace.core.errors import PlanError
+from vivace.kernels.block_attention.layout import bias_of
 from vivace.kernels.low_bit_attention.spec import EMULATED
 from vivace.models.families import for_module
-from vivace.techniques.attention.sage_attention import LowBitSite, SageAttention, as_bias
+from vivace.techniques.attention.sage_attention import LowBitSite, SageAttention
 from vivace.techniques.attention.sparge import SpargeAttention
 from vivace.testing import models
 from vivace.testing.subjects import Subject, distance
@@ -148,7 +149,7 @@ def test_unusual_masks_go_to_the_model() -> None:
     assert torch.equal(seen[0], torch.where(keys[:, 0, 0], 0.0, float("-inf")).expand(2, -1))
     assert seen[1] is None
     added = torch.randn(2, 1, 1, 24, generator=generator)
-    assert torch.equal(as_bias(added), added[:, 0, 0])
+    assert torch.equal(bias_of(added), added[:, 0, 0])
 
 
 @pytest.mark.parametrize(

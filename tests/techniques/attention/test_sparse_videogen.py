@@ -7,11 +7,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from views import view_of
 
 from vivace.core.shapes import TokenGrid
-from vivace.kernels.block_attention.op import block_attention
-from vivace.kernels.block_select.op import select_blocks
-from vivace.techniques.attention.dynamic import View
 from vivace.techniques.attention.sparse_videogen import SparseVideoGen
 
 GRIDS = (
@@ -20,20 +18,6 @@ GRIDS = (
     TokenGrid(9, 5, 7, text=9),
     TokenGrid(7, 6, 6, text=20, text_first=True),
 )
-
-
-def view_of(technique, grid, q, k, v, mask=None):
-    layout = technique.layout(grid)
-    arranged = (layout.arrange(x) for x in (q, k, v))
-    return View(
-        *arranged,
-        layout=layout,
-        scale=q.shape[-1] ** -0.5,
-        memory={},
-        select=select_blocks,
-        attend=block_attention,
-        bias=layout.key_bias(mask, len(q)),
-    )
 
 
 def patterns_by_hand(grid, density):

@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from views import view_of
 
 from vivace import Plan
 from vivace.core.shapes import TokenGrid
 from vivace.kernels import block_mass as pieces
-from vivace.kernels.block_attention.op import block_attention
 from vivace.kernels.block_mass import block_mass
-from vivace.kernels.block_select.op import select_blocks
-from vivace.techniques.attention.dynamic import View
 from vivace.techniques.attention.xattention import XAttention, antidiagonal_mass
 from vivace.testing.subjects import Subject
 
@@ -27,19 +25,6 @@ GRIDS = (
 def tokens(grid, seed=0, batch=2, heads=2, dim=8):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(batch, grid.tokens, heads, dim, generator=generator) for _ in range(3)]
-
-
-def view_of(technique, grid, q, k, v):
-    layout = technique.layout(grid)
-    arranged = (layout.arrange(x) for x in (q, k, v))
-    return View(
-        *arranged,
-        layout=layout,
-        scale=q.shape[-1] ** -0.5,
-        memory={},
-        select=select_blocks,
-        attend=block_attention,
-    )
 
 
 def shares_by_hand(q, k, block, stride):

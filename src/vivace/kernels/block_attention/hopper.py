@@ -186,155 +186,34 @@ def _forward(
     v_row, v_col = b * v_b + h * v_h, h * v_c
     place = row.to(gl.int64) * queries + block * C
     # Constants stay constants only in tuples that are written where they are passed.
+    # fmt: off
     if GROUPS == 1:
-        gl.warp_specialize(
-            [
-                (
-                    _compute,
-                    (
-                        out_ptr,
-                        lse_ptr,
-                        index_ptr,
-                        sizes_ptr,
-                        bias_ptr,
-                        count,
-                        place,
-                        scale,
-                        q_tile,
-                        k_tiles,
-                        v_tiles,
-                        q_ready,
-                        k_ready,
-                        k_empty,
-                        v_ready,
-                        v_empty,
-                        0,
-                        C,
-                        D,
-                        STAGES,
-                        HAS_SIZES,
-                        HAS_BIAS,
-                    ),
-                ),
-                (
-                    _bring,
-                    (
-                        k_desc,
-                        v_desc,
-                        q_desc,
-                        index_ptr,
-                        count,
-                        q_row,
-                        k_row,
-                        v_row,
-                        q_col,
-                        k_col,
-                        v_col,
-                        q_tile,
-                        k_tiles,
-                        v_tiles,
-                        q_ready,
-                        k_ready,
-                        k_empty,
-                        v_ready,
-                        v_empty,
-                        C,
-                        GROUPS,
-                        STAGES,
-                    ),
-                ),
-            ],
-            [1],
-            [24],
-        )
+        gl.warp_specialize([
+            (_compute, (
+            out_ptr, lse_ptr, index_ptr, sizes_ptr, bias_ptr, count, place, scale, q_tile, k_tiles, v_tiles,
+            q_ready, k_ready, k_empty, v_ready, v_empty, 0, C, D, STAGES, HAS_SIZES, HAS_BIAS,
+        )),
+            (_bring, (
+            k_desc, v_desc, q_desc, index_ptr, count, q_row, k_row, v_row, q_col, k_col, v_col, q_tile, k_tiles,
+            v_tiles, q_ready, k_ready, k_empty, v_ready, v_empty, C, GROUPS, STAGES,
+        )),
+        ], [1], [24])
     else:
-        gl.warp_specialize(
-            [
-                (
-                    _compute,
-                    (
-                        out_ptr,
-                        lse_ptr,
-                        index_ptr,
-                        sizes_ptr,
-                        bias_ptr,
-                        count,
-                        place,
-                        scale,
-                        q_tile,
-                        k_tiles,
-                        v_tiles,
-                        q_ready,
-                        k_ready,
-                        k_empty,
-                        v_ready,
-                        v_empty,
-                        0,
-                        C,
-                        D,
-                        STAGES,
-                        HAS_SIZES,
-                        HAS_BIAS,
-                    ),
-                ),
-                (
-                    _compute,
-                    (
-                        out_ptr,
-                        lse_ptr,
-                        index_ptr,
-                        sizes_ptr,
-                        bias_ptr,
-                        count,
-                        place,
-                        scale,
-                        q_tile,
-                        k_tiles,
-                        v_tiles,
-                        q_ready,
-                        k_ready,
-                        k_empty,
-                        v_ready,
-                        v_empty,
-                        1,
-                        C,
-                        D,
-                        STAGES,
-                        HAS_SIZES,
-                        HAS_BIAS,
-                    ),
-                ),
-                (
-                    _bring,
-                    (
-                        k_desc,
-                        v_desc,
-                        q_desc,
-                        index_ptr,
-                        count,
-                        q_row,
-                        k_row,
-                        v_row,
-                        q_col,
-                        k_col,
-                        v_col,
-                        q_tile,
-                        k_tiles,
-                        v_tiles,
-                        q_ready,
-                        k_ready,
-                        k_empty,
-                        v_ready,
-                        v_empty,
-                        C,
-                        GROUPS,
-                        STAGES,
-                    ),
-                ),
-            ],
-            [4, 1],
-            [240, 24],
-        )
+        gl.warp_specialize([
+            (_compute, (
+            out_ptr, lse_ptr, index_ptr, sizes_ptr, bias_ptr, count, place, scale, q_tile, k_tiles, v_tiles,
+            q_ready, k_ready, k_empty, v_ready, v_empty, 0, C, D, STAGES, HAS_SIZES, HAS_BIAS,
+        )),
+            (_compute, (
+            out_ptr, lse_ptr, index_ptr, sizes_ptr, bias_ptr, count, place, scale, q_tile, k_tiles, v_tiles,
+            q_ready, k_ready, k_empty, v_ready, v_empty, 1, C, D, STAGES, HAS_SIZES, HAS_BIAS,
+        )),
+            (_bring, (
+            k_desc, v_desc, q_desc, index_ptr, count, q_row, k_row, v_row, q_col, k_col, v_col, q_tile, k_tiles,
+            v_tiles, q_ready, k_ready, k_empty, v_ready, v_empty, C, GROUPS, STAGES,
+        )),
+        ], [4, 1], [240, 24])
+    # fmt: on
 
 
 def stages(block: int, dim: int) -> int:

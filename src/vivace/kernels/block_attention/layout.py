@@ -11,6 +11,14 @@ import numpy as np
 import torch
 
 
+def bias_of(mask: torch.Tensor) -> torch.Tensor:
+    """A key mask (B or 1, 1, 1, S), bool or additive, as a bias of keys (B or 1, S) float32."""
+    keys = mask[:, 0, 0]
+    if keys.dtype != torch.bool:
+        return keys.float()
+    return torch.zeros(keys.shape, device=keys.device).masked_fill(~keys, float("-inf"))
+
+
 class Layout:
     """The place of every token.
 
@@ -77,9 +85,7 @@ class Layout:
             raise ValueError(
                 f"block attention takes a key mask (1 or {batch}, 1, 1, {self.tokens}), not {tuple(mask.shape)}."
             )
-        if mask.dtype == torch.bool:
-            mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float("-inf"))
-        return mask[:, 0, 0].float().expand(batch, -1).index_select(1, self.order)
+        return bias_of(mask).expand(batch, -1).index_select(1, self.order)
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
         """Means over the real tokens of every block: (B, H, N * C, D) to float32 (B, H, N, D)."""

@@ -9,24 +9,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from vivace.kernels.api import AUTO, Choice, candidates, measured, select
 from vivace.kernels.dense_attention.spec import OP
-from vivace.models.adapter import AttentionSite, Expert, ExpertDescription, ModelDescription, RootCall
+from vivace.models.adapter import Expert, ModelDescription, RootCall
+from vivace.techniques.attention.placed import KINDS, PlacedAttention, own_backend
 from vivace.techniques.base import (
     Card,
     Cite,
-    Claim,
     Need,
     Paradigm,
     Problem,
     Stage,
     Target,
-    Technique,
     exclusive,
 )
 
 if TYPE_CHECKING:
     import torch
 
-DENSE = ("self", "joint")
 MEASURING = 10.0
 """Seconds after which the vendors are not timed another round."""
 
@@ -65,7 +63,7 @@ class VendorSite:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionBackend(Technique):
+class AttentionBackend(PlacedAttention):
     """Every pair is still computed; only who computes it changes, so a picture moves by rounding.
 
     `auto` times the vendors that fit on random tensors of the live shape, once for each device, shape and type, and
@@ -104,13 +102,9 @@ class AttentionBackend(Technique):
     @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of the sites that are served."""
-        return (*DENSE, "cross") if self.cross else DENSE
+        return (*KINDS, "cross") if self.cross else KINDS
 
     # -- before anything is loaded ------------------------------------------------------------------------------
-
-    def claims(self, model: ModelDescription) -> tuple[Claim, ...]:
-        sites = frozenset(site for expert in model.experts for site in self._described(model, expert))
-        return (exclusive("attention.kernel", sites),)
 
     def check(self, model: ModelDescription) -> list[Problem]:
         found = []
@@ -122,13 +116,6 @@ class AttentionBackend(Technique):
             )
         return found
 
-    def _described(self, model: ModelDescription, expert: ExpertDescription) -> list[str]:
-        """Addresses of the served sites of an expert."""
-        kinds = model.adapter.attention if model.adapter is not None else {}
-        paths = [path for path, kind in kinds.items() if kind in self.kinds]
-        sites = {f"{block}.{path}" for block in expert.block_sites for path in paths}
-        return [s for s in expert.attention_sites if s in sites]
-
     # -- on a live pipeline -------------------------------------------------------------------------------------
 
     def apply(self, target: Target) -> None:
@@ -137,7 +124,7 @@ class AttentionBackend(Technique):
             for site in expert.attentions:
                 if site.kind in self.kinds:
                     if site.kind not in placed:
-                        placed[site.kind] = VendorSite(_own(site))
+                        placed[site.kind] = VendorSite(own_backend(site))
                     target.set_kernel(site, placed[site.kind])
                     target.report(self.card.name, "sites", 1)
             if placed:
@@ -229,8 +216,3 @@ class AttentionBackend(Technique):
         mask = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=device) if context["mask"] else None
         table = measured(OP, [(q, k, v, mask)], context, budget=MEASURING)
         return select(OP, measured=table, **context)
-
-
-def _own(site: AttentionSite) -> Any:
-    """The backend that the model's user has set."""
-    return getattr(site.module.processor, "_attention_backend", None)

@@ -6,14 +6,15 @@ sees a plain attribute and compiles at most twice (dense and sparse).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vivace.core.shapes import TokenGrid, Workload
-from vivace.kernels.api import candidates, select
-from vivace.models.adapter import AttentionSite, Expert, ExpertDescription, ModelDescription, RootCall
-from vivace.techniques.base import Claim, Estimate, Problem, Target, Technique, exclusive, knob
+from vivace.kernels.api import select
+from vivace.models.adapter import AttentionSite, Expert, ModelDescription, RootCall
+from vivace.techniques.attention.placed import PlacedAttention, own_backend
+from vivace.techniques.base import Estimate, Problem, Target, knob
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from vivace.kernels.block_sparse_attention.spec import BlockMap, Kernel
 
 OP = "block_sparse_attention"
-KINDS = ("self", "joint")
 NO_GAIN = 0.6
 """Share of visited pairs above which gathering keys on a CPU costs what it saves (measured on 2,048 tokens)."""
 
@@ -48,7 +48,7 @@ class SwitchedAttention:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockSparseAttention(Technique):
+class BlockSparseAttention(PlacedAttention):
     """Base of the static patterns: a subclass gives the map of a grid."""
 
     abstract: ClassVar[bool] = True
@@ -80,28 +80,10 @@ class BlockSparseAttention(Technique):
         """Share of the pairs of a grid that the sparse layers visit."""
         return self.block_map(grid).density
 
-    @property
-    def warmup(self) -> int:
-        """The plan compares it with the number of steps."""
-        return self.dense_steps
-
     # -- before anything is loaded ----------------------------------------------------------------------------
 
-    def claims(self, model: ModelDescription) -> tuple[Claim, ...]:
-        sites = frozenset(site for expert in model.experts for site in self._described(model, expert))
-        return (exclusive("attention.kernel", sites),)
-
     def check(self, model: ModelDescription) -> list[Problem]:
-        found = []
-        if self.backend not in (names := ["auto", *(c.name for c in candidates(self.operation))]):
-            found.append(self.problem("setting", f"backend must be one of {', '.join(names)}."))
-        if not any(self._described(model, expert) for expert in model.experts):
-            found.append(
-                self.problem(
-                    "pointless",
-                    f"dense_layers={self.dense_layers} keeps all {model.depth} layers dense; lower it or leave it out.",
-                )
-            )
+        found = self.misplaced(model, self.operation, self.backend)
         grid = model.grid(model.workload())
         share = self.visited_share(model, grid) if grid is not None else 0.0
         if share > NO_GAIN:
@@ -127,14 +109,7 @@ class BlockSparseAttention(Technique):
         pairs, flops = base.attention_pairs[0] - saved, base.flops[0] - 4.0 * saved * expert.head_dim
         return Estimate.exact(base.nfe[0], base.blocks_run[0], pairs, flops)
 
-    def _described(self, model: ModelDescription, expert: ExpertDescription) -> list[str]:
-        """Addresses of the sparse sites of an expert."""
-        kinds = model.adapter.attention if model.adapter is not None else {}
-        paths = [path for path, kind in kinds.items() if kind in KINDS]
-        sites = {f"{block}.{path}": i for i, block in enumerate(expert.block_sites) for path in paths}
-        return [s for s in expert.attention_sites if s in sites and self._is_sparse(sites[s], expert.depth)]
-
-    def _is_sparse(self, index: int, depth: int) -> bool:
+    def acts_on(self, index: int, depth: int) -> bool:
         return self.dense_layers <= index < depth - self.dense_layers
 
     # -- on a live pipeline -----------------------------------------------------------------------------------
@@ -151,12 +126,7 @@ class BlockSparseAttention(Technique):
 
     @staticmethod
     def _switch(site: AttentionSite) -> SwitchedAttention:
-        return SwitchedAttention(getattr(site.module.processor, "_attention_backend", None))
-
-    def _sites(self, expert: Expert) -> Iterator[AttentionSite]:
-        for site in expert.attentions:
-            if site.kind in KINDS and self._is_sparse(site.index, len(expert.blocks)):
-                yield site
+        return SwitchedAttention(own_backend(site))
 
     def _handler(
         self,

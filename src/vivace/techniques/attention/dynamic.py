@@ -14,29 +14,27 @@ before its blocks run, so that a compiled block sees plain attributes and is com
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vivace.core.shapes import TokenGrid, Workload
-from vivace.kernels.api import Choice, candidates, select
+from vivace.kernels.api import Choice, select
 from vivace.kernels.block_attention.spec import OP as ATTEND
 from vivace.kernels.block_attention.spec import Routes
 from vivace.kernels.block_select.spec import OP as SELECT
 from vivace.kernels.low_bit_attention.spec import OP as ATTEND_LOW
 from vivace.kernels.low_bit_attention.spec import choose as select_low
-from vivace.models.adapter import AttentionSite, Expert, ExpertDescription, ModelDescription, RootCall
+from vivace.models.adapter import AttentionSite, Expert, ModelDescription, RootCall
 from vivace.techniques.attention.arrangements import block_size, in_rows, with_text
-from vivace.techniques.base import Claim, Estimate, Problem, Target, Technique, exclusive, knob
+from vivace.techniques.attention.placed import PlacedAttention, own_backend
+from vivace.techniques.base import Estimate, Problem, Target, knob
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
     from vivace.kernels.block_attention.layout import Layout
-
-KINDS = ("self", "joint")
 
 
 @dataclass(slots=True, eq=False)
@@ -159,7 +157,7 @@ class SparseSite:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DynamicAttention(Technique):
+class DynamicAttention(PlacedAttention):
     """Base of the methods that choose blocks from q and k. A subclass gives `route`."""
 
     abstract: ClassVar[bool] = True
@@ -225,15 +223,6 @@ class DynamicAttention(Technique):
 
     # -- before anything is loaded ------------------------------------------------------------------------------
 
-    @property
-    def warmup(self) -> int:
-        """The plan compares it with the number of steps."""
-        return self.dense_steps
-
-    @cached_property
-    def _layouts(self) -> dict[Any, Any]:
-        return {}
-
     def layout(self, grid: TokenGrid, device: Any = "cpu", partition: int = 0) -> Layout:
         """The blocks of a grid."""
         from vivace.kernels.block_attention.layout import Layout
@@ -241,25 +230,12 @@ class DynamicAttention(Technique):
         slots, text = with_text(grid, self.slots_for(grid, block_size(grid, self.block), partition))
         return Layout(slots, text, device)
 
-    def claims(self, model: ModelDescription) -> tuple[Claim, ...]:
-        sites = frozenset(site for expert in model.experts for site in self._described(model, expert))
-        return (exclusive("attention.kernel", sites),)
-
     def check(self, model: ModelDescription) -> list[Problem]:
         found = []
         if self.precision not in ("full", "int8"):
             found.append(self.problem("setting", f"precision must be full or int8, not '{self.precision}'."))
         op = ATTEND_LOW if self.precision == "int8" else ATTEND
-        if self.backend not in (names := ["auto", *(c.name for c in candidates(op))]):
-            found.append(self.problem("setting", f"backend must be one of {', '.join(names)}."))
-        if not any(self._described(model, expert) for expert in model.experts):
-            found.append(
-                self.problem(
-                    "pointless",
-                    f"dense_layers={self.dense_layers} keeps all {model.depth} layers dense; lower it or leave it out.",
-                )
-            )
-        return found
+        return [*found, *self.misplaced(model, op, self.backend)]
 
     def estimate(self, model: ModelDescription, workload: Workload, base: Estimate) -> Estimate:
         """Bounds: what is chosen depends on the clip."""
@@ -291,33 +267,17 @@ class DynamicAttention(Technique):
             (flops[0] - cost * most, flops[1] - cost * least),
         )
 
-    def _described(self, model: ModelDescription, expert: ExpertDescription) -> list[str]:
-        """Addresses of the sparse sites of an expert."""
-        kinds = model.adapter.attention if model.adapter is not None else {}
-        paths = [path for path, kind in kinds.items() if kind in KINDS]
-        sites = {f"{block}.{path}": i for i, block in enumerate(expert.block_sites) for path in paths}
-        return [s for s in expert.attention_sites if s in sites and sites[s] >= self.dense_layers]
-
     # -- on a live pipeline -------------------------------------------------------------------------------------
 
     def apply(self, target: Target) -> None:
         for expert in target.experts:
             sites = self._sites(expert)
-            placed = [(site, SparseSite(self, self._own(site), self.weights(site))) for site in sites]
+            placed = [(site, SparseSite(self, own_backend(site), self.weights(site))) for site in sites]
             for site, kernel in placed:
                 target.set_kernel(site, kernel)
             if placed:
                 target.around_expert(expert, self._handler(target, expert, placed))
                 target.report(self.card.name, "sites", len(placed))
-
-    @staticmethod
-    def _own(site: AttentionSite) -> Any:
-        return getattr(site.module.processor, "_attention_backend", None)
-
-    def _sites(self, expert: Expert) -> Iterator[AttentionSite]:
-        for site in expert.attentions:
-            if site.kind in KINDS and site.index >= self.dense_layers:
-                yield site
 
     def _handler(
         self, target: Target, expert: Expert, placed: list[tuple[AttentionSite, SparseSite]]

@@ -18,9 +18,9 @@ from vivace.core.errors import ConfigError
 from vivace.core.shapes import TokenGrid
 from vivace.kernels.block_sparse_attention.spec import BlockMap
 from vivace.models.adapter import AttentionSite, Expert, ModelDescription, RootCall
-from vivace.techniques.attention.block_sparse import KINDS
 from vivace.techniques.attention.head_patterns import head_map
 from vivace.techniques.attention.mask_file import MaskFile
+from vivace.techniques.attention.placed import KINDS
 from vivace.techniques.base import Card, Cite, Need, Paradigm, Stage, Target, Technique, exclusive, knob
 
 if TYPE_CHECKING:

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vivace.kernels.api import candidates
 from vivace.kernels.low_bit_attention.spec import OP, PV, QK, choose
-from vivace.models.adapter import AttentionSite, Expert, ExpertDescription, ModelDescription, RootCall
+from vivace.models.adapter import Expert, ModelDescription, RootCall
+from vivace.techniques.attention.placed import PlacedAttention, own_backend
 from vivace.techniques.base import (
     Card,
     Cite,
-    Claim,
     Need,
     Paradigm,
     Problem,
     Stage,
     Target,
-    Technique,
     exclusive,
     knob,
 )
 
 if TYPE_CHECKING:
     import torch
-
-KINDS = ("self", "joint")
 
 
 class LowBitSite:
@@ -38,13 +34,15 @@ class LowBitSite:
     def __init__(self, backend: Any) -> None:
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-        self._dispatch, self._backend = dispatch_attention_fn, backend
+        from vivace.kernels.block_attention.layout import bias_of
+
+        self._dispatch, self._backend, self._bias_of = dispatch_attention_fn, backend, bias_of
         self.attend: Callable[..., Any] | None = None
 
     def __call__(self, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
         if self.attend is None or not of_keys(mask, len(q), k.shape[1]):
             return self._dispatch(q, k, v, attn_mask=mask, backend=self._backend)
-        bias = None if mask is None else as_bias(mask).expand(len(q), -1)
+        bias = None if mask is None else self._bias_of(mask).expand(len(q), -1)
         out, _ = self.attend(*(x.transpose(1, 2) for x in (q, k, v)), bias=bias)
         return out.transpose(1, 2)
 
@@ -56,18 +54,8 @@ def of_keys(mask: torch.Tensor | None, batch: int, keys: int) -> bool:
     return mask.ndim == 4 and tuple(mask.shape[1:]) == (1, 1, keys) and mask.shape[0] in (1, batch)
 
 
-def as_bias(mask: torch.Tensor) -> torch.Tensor:
-    """A mask (B or 1, 1, 1, S), bool or additive, as a bias of keys (B or 1, S) in float32."""
-    import torch
-
-    flat = mask[:, 0, 0]
-    if flat.dtype != torch.bool:
-        return flat.float()
-    return torch.zeros(flat.shape, device=flat.device).masked_fill(~flat, float("-inf"))
-
-
 @dataclass(frozen=True, kw_only=True)
-class SageAttention(Technique):
+class SageAttention(PlacedAttention):
     """All pairs are computed, in 8 bits (arXiv 2410.02367, 2411.10958; `vivace.kernels.low_bit_attention`).
 
     The mean of the keys, which no softmax notices, is subtracted first: it is what spoils their scales. First steps and
@@ -109,38 +97,13 @@ class SageAttention(Technique):
 
     # -- before anything is loaded ------------------------------------------------------------------------------
 
-    @property
-    def warmup(self) -> int:
-        """The plan compares it with the number of steps."""
-        return self.dense_steps
-
-    def claims(self, model: ModelDescription) -> tuple[Claim, ...]:
-        sites = frozenset(site for expert in model.experts for site in self._described(model, expert))
-        return (exclusive("attention.kernel", sites),)
-
     def check(self, model: ModelDescription) -> list[Problem]:
-        found = []
-        if self.backend not in (names := ["auto", *(c.name for c in candidates(OP))]):
-            found.append(self.problem("setting", f"backend must be one of {', '.join(names)}."))
+        found = self.misplaced(model, OP, self.backend)
         if self.qk == self.pv == "bf16":
             found.append(
                 self.problem("pointless", "qk and pv are both bf16: nothing is left to be done in 8 bits.")
             )
-        if not any(self._described(model, expert) for expert in model.experts):
-            found.append(
-                self.problem(
-                    "pointless",
-                    f"dense_layers={self.dense_layers} keeps all {model.depth} layers dense; lower it or leave it out.",
-                )
-            )
         return found
-
-    def _described(self, model: ModelDescription, expert: ExpertDescription) -> list[str]:
-        """Addresses of the low-bit sites of an expert."""
-        kinds = model.adapter.attention if model.adapter is not None else {}
-        paths = [path for path, kind in kinds.items() if kind in KINDS]
-        sites = {f"{block}.{path}": i for i, block in enumerate(expert.block_sites) for path in paths}
-        return [s for s in expert.attention_sites if s in sites and sites[s] >= self.dense_layers]
 
     # -- on a live pipeline -------------------------------------------------------------------------------------
 
@@ -148,16 +111,11 @@ class SageAttention(Technique):
         for expert in target.experts:
             placed = []
             for site in self._sites(expert):
-                placed.append(LowBitSite(getattr(site.module.processor, "_attention_backend", None)))
+                placed.append(LowBitSite(own_backend(site)))
                 target.set_kernel(site, placed[-1])
             if placed:
                 target.around_expert(expert, self._handler(target, expert, placed))
                 target.report(self.card.name, "sites", len(placed))
-
-    def _sites(self, expert: Expert) -> Iterator[AttentionSite]:
-        for site in expert.attentions:
-            if site.kind in KINDS and site.index >= self.dense_layers:
-                yield site
 
     def _handler(self, target: Target, expert: Expert, placed: list[LowBitSite]) -> Callable[..., Any]:
         built: dict[Any, Callable[..., Any]] = {}
