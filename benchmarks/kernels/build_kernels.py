@@ -65,6 +65,26 @@ def cases(capability: int) -> Iterator[tuple[str, Callable[[], object]]]:
         scores = torch.zeros(1, 2, 500, 500)
         pick = functools.partial(choose.select, scores, 50, mass, None, 4, True)
         yield f"block_select mass {mass:g}", pick
+    yield from clusters()
+
+
+def clusters() -> Iterator[tuple[str, Callable[[], object]]]:
+    """k-means, and rows in the order that it gives."""
+    from vivace.kernels.cluster_tokens import triton as means
+
+    for dim, dtype in (
+        (64, torch.bfloat16),
+        (128, torch.bfloat16),
+        (128, torch.float32),
+        (256, torch.float32),
+    ):
+        x = torch.zeros(1, 2, 5000, dim, dtype=dtype)
+        centres, gone = torch.zeros(1, 2, 1000, dim), torch.zeros(5000, dtype=torch.bool)
+        name = f"cluster_tokens {dim} {str(dtype).removeprefix('torch.')}"
+        yield name, functools.partial(means.cluster, x, centres, 1, gone)
+    order = torch.zeros(1, 2, 5000, dtype=torch.int32)
+    for back in (False, True):
+        yield f"cluster_tokens permute {back}", functools.partial(means.permute, x, order, back)
 
 
 def low_bit() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -98,7 +118,7 @@ def main() -> None:
                 print(f"sm_{capability}  {name:52s} does not build: {str(error).splitlines()[-1][:90]}")
                 continue
             for b in made:
-                wrong = b.spills > SPILLS or (needs_products(b.kernel) and not b.products)
+                wrong = b.spills > SPILLS or (needs_products(name, b.kernel) and not b.products)
                 bad += wrong
                 print(told(name, b) + ("  <-" if wrong else ""), flush=True)
     if not seen:
@@ -106,9 +126,9 @@ def main() -> None:
     sys.exit(1 if bad else 0)
 
 
-def needs_products(kernel: str) -> bool:
-    """Whether a kernel is there to multiply matrices."""
-    return kernel.startswith(("_forward", "_backward", "_attend"))
+def needs_products(name: str, kernel: str) -> bool:
+    """Whether a kernel is there to multiply matrices; exact products of float32 are not made on the tensor cores."""
+    return "float32" not in name and kernel.startswith(("_forward", "_backward", "_attend", "_assign"))
 
 
 def told(name: str, b: Build) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 from vivace.calibration.artifact import Calibration
 from vivace.calibration.gram import schedule_error
+from vivace.core.context import Clock
 from vivace.plans.plan import Plan
 from vivace.plans.solving import schedule_for
 
@@ -154,3 +155,41 @@ def test_wrong_techniques_are_one_sentence(vivace, folder, here, arguments: tupl
     assert run.code == 2
     assert phrase in run.sentence
     assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("more", [(), ("--solver", "2")], ids=["calibration", "solver"])
+def test_an_interrupt_says_that_the_same_command_goes_on(
+    vivace, folder: Path, here: Path, monkeypatch, more: tuple
+) -> None:
+    """In the second prompt's third step; before the first prompt is done there is nothing to go on from."""
+    arguments = ("calibrate", "-m", str(folder), "--count", "2", *SMALL, *more)
+    part, advance, seen = "calibration.json.part", Clock.advance, []
+
+    def interrupt(clock, after):
+        seen.append(clock.step)
+        if len(seen) > after:
+            raise KeyboardInterrupt
+        return advance(clock)
+
+    monkeypatch.setattr(Clock, "advance", lambda clock: interrupt(clock, 2))
+    early = vivace(*arguments)
+    assert early.code == 130
+    assert early.err.strip().splitlines()[-1] == "error: interrupted; unfinished files were removed."
+    assert not list(here.iterdir())
+
+    seen.clear()
+    monkeypatch.setattr(Clock, "advance", lambda clock: interrupt(clock, 8))
+    ran = vivace(*arguments)
+    assert ran.code == 130
+    last = ran.err.strip().splitlines()[-1]
+    assert last.startswith("error: interrupted; unfinished files were removed. Finished prompts are kept in ")
+    assert f"{part}: the same command goes on behind them." in last
+    assert [p.name for p in here.iterdir()] == [part]
+
+    seen.clear()
+    monkeypatch.setattr(Clock, "advance", lambda clock: interrupt(clock, 10**6))
+    done = vivace(*arguments, "--no-verify")
+    assert done.code == 0, done.err
+    assert "2 of 2" in done.err
+    assert "1 of 2" not in done.err
+    assert [p.name for p in here.iterdir()] == ["calibration.json"]

@@ -15,6 +15,8 @@ LARGEST = (
     "block_attention forward 128 x 128 with",
     "block_attention hopper 128 x 128 with",
     "block_select mass 0.9",
+    "cluster_tokens 128 bfloat16",
+    "cluster_tokens permute True",
     "low_bit_attention 64 fp8 dense",
 )
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernels" / "build_kernels.py"

@@ -69,7 +69,7 @@ def one_block_by_hand(q, k, v, group):
     q, k, v = (x.double().numpy() for x in (q, k, v))
     mean = k.mean(0)
 
-    def rows_to_int8(x):
+    def rows_to_int8(x, group):
         out = np.empty_like(x)
         for start in range(0, len(x), group):
             part = x[start : start + group]
@@ -78,7 +78,7 @@ def one_block_by_hand(q, k, v, group):
         return out
 
     factor = q.shape[1] ** -0.5
-    scores = rows_to_int8(q) @ rows_to_int8(k - mean).T * factor
+    scores = rows_to_int8(q, group) @ rows_to_int8(k - mean, len(k)).T * factor
     top = scores.max(1, keepdims=True)
     p = np.exp(scores - top)
     channel = np.abs(v).max(0) / 448

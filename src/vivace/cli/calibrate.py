@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -59,7 +61,8 @@ def calibrate(
         str,
         typer.Option(
             help="What --target is solved for: optimal_schedule, teacache, magcache, first_block_cache or easycache, "
-            "with settings where wanted (teacache@warmup=2,tail=1)."
+            "with settings where wanted (teacache@warmup=2,tail=1). Without --target: search the attention masks of "
+            "sparse_vdit, sliding_tile, efficient_vdit or paro (paro@mass=0.9)."
         ),
     ] = SCHEDULE,
     verify: Annotated[
@@ -70,7 +73,7 @@ def calibrate(
     plan_file: Annotated[
         Path | None,
         typer.Option(
-            help="With --target or --solver: write the result as a plan, ready for --plan.",
+            help="With --target, --solver or masks: write the result as a plan, ready for --plan.",
             show_default=False,
         ),
     ] = None,
@@ -110,10 +113,12 @@ def calibrate(
     Runs the exact model on each prompt and writes one small file. An interrupted run goes on behind the last finished
     prompt when the same command is given again. With --target the schedule or threshold is solved on that file, and
     real runs of a prompt that was not measured show what it saves (and costs, for a loss) and correct it. With --solver
-    a solver is fitted to the exact runs instead.
+    a solver is fitted to the exact runs instead, with the --technique of a mask method its masks are searched (from the
+    beginning, also after an interrupt).
     """
     from rich.markup import escape
 
+    from vivace.cli.calibrate_masks import is_masked, search_and_tell, wanted
     from vivace.cli.calibrate_target import Check, Question, as_plan, told
     from vivace.cli.shared.output import Outputs
     from vivace.cli.shared.run import load, prepare
@@ -127,7 +132,9 @@ def calibrate(
         raise ConfigError("--solver fits a solver and nothing else; leave --target and --technique out.")
     if solver is None and (search or rounds):
         raise ConfigError("--search and --rounds need --solver, for example --solver 12.")
-    if solver is None and wish is None and (plan_file is not None or technique != SCHEDULE):
+    sought = wanted(technique) if solver is None and wish is None and is_masked(technique) else None
+    alone = solver is None and wish is None and sought is None
+    if alone and (plan_file is not None or technique != SCHEDULE):
         option = "--plan-file" if plan_file is not None else "--technique"
         raise ConfigError(f"{option} needs a --target, for example --target speedup=2.")
     # Wrong names and settings are told before anything is run.
@@ -147,27 +154,21 @@ def calibrate(
         threads=threads,
     )
     job = prepare(request, Plan())
+    kept: dict[str, Any] = {"seed": seed, "output": output, "plan_file": plan_file, "verify": verify}
+    if sought is not None:
+        search_and_tell(job, texts, unseen, sought, **kept)
+        return
+    part = output.with_name(output.name + ".part")
     if solver is not None:
         from vivace.cli.calibrate_solver import fit_solver
 
-        fit_solver(
-            job,
-            texts,
-            unseen,
-            steps=solver,
-            seed=seed,
-            seconds=search,
-            rounds=rounds,
-            output=output,
-            plan_file=plan_file,
-            verify=verify,
-        )
+        with _resumable(part):
+            fit_solver(job, texts, unseen, steps=solver, seconds=search, rounds=rounds, **kept)
         return
     answer: Answer | None = None
-    with Outputs() as outputs:
+    with _resumable(part), Outputs() as outputs:
         hidden = outputs.reserve(output)
         written = outputs.reserve(plan_file) if plan_file is not None else None
-        part = output.with_name(output.name + ".part")
         pipeline = load(job)
         made = _made(job, pipeline, texts, part)
         made.save(hidden)
@@ -188,6 +189,25 @@ def calibrate(
         out.print(
             f"[bold]{escape(str(plan_file))}[/]  a plan: --plan {escape(str(plan_file))}", soft_wrap=True
         )
+
+
+@contextlib.contextmanager
+def _resumable(part: Path) -> Iterator[None]:
+    """An interrupt says that finished prompts are kept, where one is: in a file, or in the files of a folder."""
+    import shutil
+
+    from vivace.core.errors import Interrupted
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not part.is_file() and not any(part.glob("*.pt")):
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        raise Interrupted(
+            f"interrupted; unfinished files were removed. Finished prompts are kept in {part}: "
+            "the same command goes on behind them."
+        ) from None
 
 
 def _target(text: str) -> tuple[str, float]:

@@ -69,3 +69,9 @@ class SessionError(VivaceError, RuntimeError):
 
 class NoEffectError(VivaceError, RuntimeError):
     """A technique was asked for and did nothing."""
+
+
+class Interrupted(VivaceError):
+    """Somebody stopped a run that can be taken up again; the message says how."""
+
+    exit_code = 130

@@ -13,6 +13,8 @@ from typing import Any
 from vivace.core.errors import ConfigError
 
 AUTO = "auto"
+SLEEP = 1_500_000
+"""Cycles that a GPU waits before a timed run: longer than it takes to start one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +196,7 @@ def timed(
 ) -> dict[str, list[float]]:
     """Seconds of every run, `repeats` times in turns, or fewer when `budget` seconds are over.
 
+    A GPU is kept waiting before each, so that its time is the kernels' and not that of starting them.
     One that fails is dropped, with the reason in `failed`; without such a dictionary the error is raised.
     """
     import time
@@ -202,7 +205,7 @@ def timed(
 
     from vivace.core.env import Stopwatch
 
-    watch = Stopwatch(torch.device(device))
+    watch, device_type = Stopwatch(torch.device(device)), torch.device(device).type
     times: dict[str, list[float]] = {name: [] for name in runs}
     end = time.monotonic() + budget
     for turn in range(repeats):
@@ -212,6 +215,8 @@ def timed(
             if name not in times:
                 continue
             try:
+                if device_type == "cuda":
+                    torch.cuda._sleep(SLEEP)
                 start = watch.mark()
                 run()
                 times[name].append(watch.seconds(start, watch.mark()))

@@ -11,14 +11,15 @@ import torch
 from vivace.core.shapes import TokenGrid
 from vivace.kernels.block_attention.op import runner as attention_by
 from vivace.kernels.block_select.op import runner as selection_by
-from vivace.kernels.cluster_tokens import op as clusters
+from vivace.kernels.cluster_tokens.op import runner as clustering_by
 from vivace.techniques.attention.dynamic import View
-from vivace.techniques.attention.svg2 import Svg2
+from vivace.techniques.attention.svg2 import Svg2, Tools
 from vivace.testing.subjects import Subject
 
 GRID = TokenGrid(3, 5, 6)  # 90 tokens: five blocks of 16 and one of 10
 JOINT = TokenGrid(3, 5, 6, text=20, text_first=True)
 D, HEADS, BATCH, SIZE = 8, 2, 2, 16
+TOOLS = Tools(selection_by("reference"), clustering_by("reference")())
 SMALL = Svg2(clusters_q=3, clusters_k=4, first=4, later=1, mass=0.5, share=0.2)
 
 
@@ -27,7 +28,7 @@ def attend(technique, grid, q, k, v, memory=None, kept=None):
     layout = technique.layout(grid)
     arranged = (layout.arrange(x) for x in (q, k, v))
     memory = {} if memory is None else memory
-    view = View(*arranged, layout, D**-0.5, memory, selection_by("reference"), attention_by("reference"))
+    view = View(*arranged, layout, D**-0.5, memory, TOOLS, attention_by("reference"))
     out, routes = technique.attention(view, kept)
     return layout.restore(out), routes, view
 
@@ -155,32 +156,10 @@ def test_sorting_gathers_what_belongs_together():
     technique = SMALL.replace(clusters_k=2, first=8)
     _, _, view = attend(technique, GRID, q, k, v)
     even = view.layout.arrange(torch.arange(90.0)[None, :, None, None].expand(BATCH, -1, HEADS, 1) % 2)
-    order = technique.order(View(*(view.q, view.k, view.v), *(view.layout, 1.0, {}, None, None)), "k")
-    sorted_even = even.gather(2, order[..., None])[:, :, :90].view(BATCH, HEADS, 90)
+    again = View(view.q, view.k, view.v, view.layout, 1.0, {}, TOOLS, attention_by("reference"))
+    sorted_even = TOOLS.clustering.take(even, technique.order(again, "k"))[:, :, :90].view(BATCH, HEADS, 90)
     for row in sorted_even.flatten(0, 1):
         assert row.diff().abs().sum() == 1  # one boundary between the two kinds
-
-
-def test_parts_of_the_tokens_at_a_time_change_nothing(monkeypatch):
-    x = lively(GRID)[0].transpose(1, 2)
-    gone = torch.zeros(90, dtype=torch.bool)
-    centres = clusters.start(x, 5, 90)
-    whole = clusters.cluster(x, centres, 3, gone)
-    monkeypatch.setattr(clusters, "MOST", BATCH * HEADS * 5 * 7)
-    parts = clusters.cluster(x, centres, 3, gone)
-    assert torch.equal(parts[0], whole[0])
-    torch.testing.assert_close(parts[1], whole[1])
-
-
-def test_an_empty_cluster_stays_and_padding_is_no_token():
-    x = torch.tensor([[0.0], [1.0], [10.0], [11.0], [500.0]]).view(1, 1, 5, 1)
-    centres = torch.tensor([0.0, 12.0, -900.0]).view(1, 1, 3, 1)
-    gone = torch.tensor([False, False, False, False, True])
-    labels, moved = clusters.cluster(x, centres, 2, gone)
-    assert labels.flatten().tolist() == [0, 0, 1, 1, 3]
-    assert moved.flatten().tolist() == [0.5, 10.5, -900.0]
-    with pytest.raises(ValueError, match="at least one iteration"):
-        clusters.cluster(x, centres, 0, gone)
 
 
 def test_clusters_are_made_again_at_every_step_of_a_clip():

@@ -1,8 +1,14 @@
 """Block attention for Hopper GPUs in Gluon: Triton's language below the tile level, still without a build step.
 
 Roles follow FlashAttention-3 (arXiv 2407.08608): one warp brings tiles of keys and values by the copy engine, a group
-of four warps for every 64 rows of queries computes. A group starts the scores of the next tile before it turns to the
-softmax of this one, so that the tensor cores are busy meanwhile, and two groups of one block fill each other's gaps.
+of four warps for every 64 rows of queries computes, queries in registers. Tiles of 64 keys are taken in pairs, so that
+the tensor cores always have two products of a group to do while it turns scores into probabilities:
+
+    scores of b, values of a, scores of the next a are started
+        softmax of b                    values of b are started
+        softmax of the next a
+
+Programs stay and take one block of queries after another, so that tiles arrive while a result is written out.
 """
 
 # Gluon's decorators turn functions into things that a type checker cannot see through.
@@ -10,6 +16,7 @@ softmax of this one, so that the tensor cores are busy meanwhile, and two groups
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -34,6 +41,8 @@ _load: Any = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 LOG2E = 1.4426950408889634
 ROWS = gl.constexpr(64)
 """Of queries that a group of four warps computes."""
+TILE = gl.constexpr(64)
+"""Keys that are taken at a time."""
 _KINDS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 SHARED = 227 * 1024
 """Bytes of shared memory that a program may have."""
@@ -46,181 +55,261 @@ def _tensor_core(columns):
 
 
 @gluon.jit
+def listed(index, tile, tiles, C: gl.constexpr):
+    """Block of a tile of a list; behind the last one that of the last."""
+    return gl.load(index + gl.minimum(tile, tiles - 1) // (C // TILE))
+
+
+@gluon.jit
+def real_keys(sizes, block, tile, tiles, C: gl.constexpr, HAS_SIZES: gl.constexpr):
+    """Real keys from a tile's first slot on to the end of its block, none behind the last tile."""
+    inside = (tile % (C // TILE)) * TILE
+    size = gl.load(sizes + block) - inside if HAS_SIZES else C - inside
+    return size if C > TILE else gl.where(tile < tiles, size, 0)
+
+
+@gluon.jit
 def _bring(
-    k_desc, v_desc, q_desc, index_ptr, count, q_row, k_row, v_row, q_col, k_col, v_col, q_tile, k_tiles, v_tiles,
-    q_ready, k_ready, k_empty, v_ready, v_empty, keys: gl.constexpr, GROUPS: gl.constexpr,
-    STAGES: gl.constexpr,
+    k_desc, v_desc, q_desc, index_ptr, count_ptr,
+    q_b, q_h, q_c, k_b, k_h, k_c, v_b, v_h, v_c, index_b, index_h, index_n, count_b, count_h,
+    q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty, work, blocks, heads,
+    C: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The producer: queries once, then the tiles of the list."""
-    mbarrier.expect(q_ready, q_desc.block_type.nbytes * GROUPS)
-    for group in gl.static_range(GROUPS):
-        _load(q_desc, [q_row + group * ROWS, q_col], q_ready, q_tile.index(group))
-    for j in range(count):
-        at, turn = j % STAGES, (j // STAGES) & 1
-        block = gl.load(index_ptr + j)
-        # The barriers of empty tiles begin in the phase before their first.
-        mbarrier.wait(k_empty.index(at), turn ^ 1)
-        mbarrier.expect(k_ready.index(at), k_desc.block_type.nbytes)
-        _load(k_desc, [k_row + block * keys, k_col], k_ready.index(at), k_tiles.index(at))
-        mbarrier.wait(v_empty.index(at), turn ^ 1)
-        mbarrier.expect(v_ready.index(at), v_desc.block_type.nbytes)
-        _load(v_desc, [v_row + block * keys, v_col], v_ready.index(at), v_tiles.index(at))
+    """The producer: for every block of queries these, then the tiles of its list."""
+    n, turn = 0, 0
+    for task in range(gl.program_id(0), work, gl.num_programs(0)):
+        block, row = task % blocks, task // blocks
+        b, h = row // heads, row % heads
+        index = index_ptr + (b.to(gl.int64) * index_b + h * index_h + block * index_n)
+        tiles = gl.load(count_ptr + b * count_b + h * count_h + block) * (C // TILE)
+        mbarrier.wait(q_empty, turn ^ 1)
+        mbarrier.expect(q_ready, q_desc.block_type.nbytes * GROUPS)
+        for group in gl.static_range(GROUPS):
+            _load(q_desc, [b * q_b + h * q_h + block * C + group * ROWS, h * q_c], q_ready, q_tile.index(group))
+        k_row, v_row = b * k_b + h * k_h, b * v_b + h * v_h
+        here = gl.load(index)
+        # Tiles come in pairs.
+        for t in range((tiles + 1) // 2 * 2):
+            # A list's next entry is on its way while this one waits for room.
+            following = listed(index, t + 1, tiles, C)
+            first = here * C + (t % (C // TILE)) * TILE
+            at, phase = n % STAGES, (n // STAGES) & 1
+            # The barriers of empty tiles begin in the phase before their first.
+            mbarrier.wait(empty.index(at), phase ^ 1)
+            mbarrier.expect(ready.index(at), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+            _load(k_desc, [k_row + first, h * k_c], ready.index(at), k_tiles.index(at))
+            _load(v_desc, [v_row + first, h * v_c], ready.index(at), v_tiles.index(at))
+            here = following
+            n += 1
+        turn ^= 1
 
 
 @gluon.jit
-def _scores(
-    s, index_ptr, sizes_ptr, bias_ptr, j, scale,
-    keys: gl.constexpr, layout: gl.constexpr, HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
-):  # fmt: skip
-    """Scores in base 2, -inf where a slot holds no key."""
-    s = s * scale
-    if HAS_SIZES or HAS_BIAS:
-        block = gl.load(index_ptr + j)
-        spots = gl.arange(0, keys, layout=gl.SliceLayout(0, layout))
-        if HAS_BIAS:
-            s = s + gl.expand_dims(gl.load(bias_ptr + block * keys + spots), 0) * 1.4426950408889634
-        if HAS_SIZES:
-            s = gl.where(gl.expand_dims(spots, 0) < gl.load(sizes_ptr + block), s, float("-inf"))
-    return s
+def folded(x, largest: gl.constexpr):
+    """Sum or maximum of the columns that a thread holds: (64, N) to (64, 4). In pairs first, so that no chain is long."""
+    # A thread has two neighbours of every eight columns.
+    x = gl.reshape(x, [x.shape[0], x.shape[1] // 32, 4, 4, 2])
+    if largest:
+        return gl.max(gl.max(gl.max(x, 4), 2), 1)
+    return gl.sum(gl.sum(gl.sum(x, 4), 2), 1)
 
 
 @gluon.jit
-def _softmax(s, top, total):
-    """Probabilities of a tile, what earlier sums shrink by, and the new maxima and sums of the rows."""
-    higher = gl.maximum(top, gl.max(s, 1))
-    base = gl.where(higher == float("-inf"), 0.0, higher)
-    p = gl.exp2(s - gl.expand_dims(base, 1))
+def _weigh(
+    s, top, total, scale, size, spots, bias_ptr, MASKED: gl.constexpr, HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
+    """Probabilities of a tile, what earlier sums shrink by, the new maxima of rows and sums of threads, in base 2."""
+    if HAS_BIAS:
+        s = s * scale + gl.expand_dims(gl.load(bias_ptr + spots), 0) * 1.4426950408889634
+    if MASKED:
+        if size < TILE:
+            s = gl.where(gl.expand_dims(spots, 0) < size, s, float("-inf"))
+    best = gl.convert_layout(gl.max(folded(s, True), 1), top.type.layout)
+    if not HAS_BIAS:
+        best = best * scale
+    higher = gl.maximum(top, best)
+    base = gl.where(higher == float("-inf"), 0.0, higher) if HAS_SIZES or HAS_BIAS else higher
+    # Without a bias the scale goes into one multiply-add with the row's maximum.
+    p = gl.exp2(s - gl.expand_dims(base, 1)) if HAS_BIAS else gl.exp2(s * scale - gl.expand_dims(base, 1))
     shrink = gl.exp2(top - base)
-    return p, shrink, higher, total * shrink + gl.sum(p, 1)
+    more = folded(p, False)
+    faded = total * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, more.type.layout)), 1)
+    return p, shrink, higher, faded + more
 
 
 @gluon.jit
 def _compute(
-    out_ptr, lse_ptr, index_ptr, sizes_ptr, bias_ptr, count, place, scale, q_tile, k_tiles, v_tiles,
-    q_ready, k_ready, k_empty, v_ready, v_empty, group, keys: gl.constexpr,
-    D: gl.constexpr, STAGES: gl.constexpr, HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
+    out_ptr, lse_ptr, index_ptr, count_ptr, sizes_ptr, bias_ptr,
+    index_b, index_h, index_n, count_b, count_h, sizes_b, sizes_h, bias_b, queries, scale,
+    q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty, work, blocks, heads,
+    group: gl.constexpr, C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
-    """A consumer: 64 queries of the block against the list."""
+    """A consumer: 64 queries of every block against its list."""
     dtype: gl.constexpr = k_tiles.dtype
-    s_layout: gl.constexpr = _tensor_core(keys)
+    s_layout: gl.constexpr = _tensor_core(TILE)
     o_layout: gl.constexpr = _tensor_core(D)
+    q_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    top = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
-    total = gl.full([ROWS], 0.0, gl.float32, s_rows)
-    acc = gl.full([ROWS, D], 0.0, gl.float32, o_layout)
-    blank = gl.full([ROWS, keys], 0.0, gl.float32, s_layout)
-    q = q_tile.index(group)
-    mbarrier.wait(q_ready, 0)
-    if count > 0:
-        mbarrier.wait(k_ready.index(0), 0)
-        started = warpgroup_mma(q, k_tiles.index(0).permute((1, 0)), blank, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=(started,))
-        mbarrier.arrive(k_empty.index(0), count=1)
-        for j in range(count - 1):
-            at, turn = j % STAGES, (j // STAGES) & 1
-            to, next_turn = (j + 1) % STAGES, ((j + 1) // STAGES) & 1
-            mbarrier.wait(k_ready.index(to), next_turn)
-            started = warpgroup_mma(q, k_tiles.index(to).permute((1, 0)), blank, use_acc=False, is_async=True)
-            s = _scores(s, index_ptr, sizes_ptr, bias_ptr, j, scale, keys, s_layout, HAS_SIZES, HAS_BIAS)
-            p, shrink, top, total = _softmax(s, top, total)
-            acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
-            mbarrier.wait(v_ready.index(at), turn)
+    blank = gl.full([ROWS, TILE], 0.0, gl.float32, s_layout)
+    spots = gl.arange(0, TILE, layout=gl.SliceLayout(0, s_layout))
+    n, turn = 0, 0
+    for task in range(gl.program_id(0), work, gl.num_programs(0)):
+        block, row = task % blocks, task // blocks
+        b, h = row // heads, row % heads
+        index = index_ptr + (b.to(gl.int64) * index_b + h * index_h + block * index_n)
+        sizes = sizes_ptr + (b.to(gl.int64) * sizes_b + h * sizes_h)
+        bias = bias_ptr + b.to(gl.int64) * bias_b
+        tiles = gl.load(count_ptr + b * count_b + h * count_h + block) * (C // TILE)
+        top = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
+        total = folded(blank, False)
+        acc = gl.full([ROWS, D], 0.0, gl.float32, o_layout)
+        mbarrier.wait(q_ready, turn)
+        q = q_tile.index(group).load(q_layout)
+        mbarrier.arrive(q_empty, count=1)
+        if tiles > 0:
+            a, of_a, of_b = n % STAGES, 0, 0
+            mbarrier.wait(ready.index(a), (n // STAGES) & 1)
+            scores = warpgroup_mma(q, k_tiles.index(a).permute((1, 0)), blank, use_acc=False, is_async=True)
+            if HAS_SIZES or HAS_BIAS:
+                of_a = gl.load(index)
+            size = real_keys(sizes, of_a, 0, tiles, C, HAS_SIZES)
+            s = warpgroup_mma_wait(0, deps=(scores,))
+            p, shrink, top, total = _weigh(
+                s, top, total, scale, size, spots, bias + of_a * C, HAS_SIZES, HAS_SIZES, HAS_BIAS
+            )
+            for j in range(1, (tiles + 1) // 2):
+                z, to = (n + 1) % STAGES, (n + 2) % STAGES
+                weights = gl.convert_layout(p.to(dtype), p_layout)
+                mbarrier.wait(ready.index(z), ((n + 1) // STAGES) & 1)
+                scores_b = warpgroup_mma(
+                    q, k_tiles.index(z).permute((1, 0)), blank, use_acc=False, is_async=True
+                )
+                acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
+                adding = warpgroup_mma(weights, v_tiles.index(a), acc, is_async=True)
+                mbarrier.wait(ready.index(to), ((n + 2) // STAGES) & 1)
+                scores = warpgroup_mma(q, k_tiles.index(to).permute((1, 0)), blank, use_acc=False, is_async=True)
+                if HAS_SIZES or HAS_BIAS:
+                    of_a, of_b = listed(index, 2 * j, tiles, C), listed(index, 2 * j - 1, tiles, C)
+                size_b = real_keys(sizes, of_b, 2 * j - 1, tiles, C, HAS_SIZES)
+                size = real_keys(sizes, of_a, 2 * j, tiles, C, HAS_SIZES)
+                s = warpgroup_mma_wait(2, deps=(scores_b,))
+                p, shrink, top, total = _weigh(
+                    s, top, total, scale, size_b, spots, bias + of_b * C + (C - TILE), HAS_SIZES, HAS_SIZES, HAS_BIAS
+                )
+                weights = gl.convert_layout(p.to(dtype), p_layout)
+                acc = warpgroup_mma_wait(1, deps=(adding,))
+                mbarrier.arrive(empty.index(a), count=1)
+                acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
+                adding = warpgroup_mma(weights, v_tiles.index(z), acc, is_async=True)
+                s = warpgroup_mma_wait(1, deps=(scores,))
+                p, shrink, top, total = _weigh(
+                    s, top, total, scale, size, spots, bias + of_a * C, HAS_SIZES, HAS_SIZES, HAS_BIAS
+                )
+                acc = warpgroup_mma_wait(0, deps=(adding,))
+                mbarrier.arrive(empty.index(z), count=1)
+                n += 2
+                a = to
             weights = gl.convert_layout(p.to(dtype), p_layout)
-            adding = warpgroup_mma(weights, v_tiles.index(at), acc, is_async=True)
-            s = warpgroup_mma_wait(1, deps=(started,))
-            mbarrier.arrive(k_empty.index(to), count=1)
+            z = (n + 1) % STAGES
+            mbarrier.wait(ready.index(z), ((n + 1) // STAGES) & 1)
+            scores_b = warpgroup_mma(
+                q, k_tiles.index(z).permute((1, 0)), blank, use_acc=False, is_async=True
+            )
+            acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
+            adding = warpgroup_mma(weights, v_tiles.index(a), acc, is_async=True)
+            last = (tiles + 1) // 2 * 2 - 1
+            if HAS_SIZES or HAS_BIAS:
+                of_b = listed(index, last, tiles, C)
+            size_b = real_keys(sizes, of_b, last, tiles, C, HAS_SIZES)
+            s = warpgroup_mma_wait(1, deps=(scores_b,))
+            # Where a block is one tile, the second one of the last pair may be none.
+            p, shrink, top, total = _weigh(
+                s, top, total, scale, size_b, spots, bias + of_b * C + (C - TILE), HAS_SIZES or C == TILE, HAS_SIZES, HAS_BIAS
+            )
+            weights = gl.convert_layout(p.to(dtype), p_layout)
             acc = warpgroup_mma_wait(0, deps=(adding,))
-            mbarrier.arrive(v_empty.index(at), count=1)
-        last = count - 1
-        s = _scores(s, index_ptr, sizes_ptr, bias_ptr, last, scale, keys, s_layout, HAS_SIZES, HAS_BIAS)
-        p, shrink, top, total = _softmax(s, top, total)
-        acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
-        mbarrier.wait(v_ready.index(last % STAGES), (last // STAGES) & 1)
-        adding = warpgroup_mma(
-            gl.convert_layout(p.to(dtype), p_layout), v_tiles.index(last % STAGES), acc, is_async=True
-        )
-        acc = warpgroup_mma_wait(0, deps=(adding,))
-    seen = total > 0.0
-    whole = gl.where(seen, total, 1.0)
-    acc = acc / gl.expand_dims(gl.convert_layout(whole, o_rows), 1)
-    lse = gl.where(seen, (top + gl.log2(whole)) * 0.6931471805599453, float("-inf"))
-    first = place + group * ROWS
-    gl.store(lse_ptr + first + gl.arange(0, ROWS, layout=s_rows), lse)
-    down = gl.expand_dims(first + gl.arange(0, ROWS, layout=o_rows), 1)
-    across = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, o_layout)), 0)
-    gl.store(out_ptr + down * D + across, acc.to(out_ptr.dtype.element_ty))
+            mbarrier.arrive(empty.index(a), count=1)
+            acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
+            adding = warpgroup_mma(weights, v_tiles.index(z), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(adding,))
+            mbarrier.arrive(empty.index(z), count=1)
+            n += 2
+        turn ^= 1
+        total = gl.convert_layout(gl.sum(total, 1), s_rows)
+        seen = total > 0.0
+        whole = gl.where(seen, total, 1.0)
+        acc = acc * gl.expand_dims(gl.convert_layout(1.0 / whole, o_rows), 1)
+        lse = gl.where(seen, (top + gl.log2(whole)) * 0.6931471805599453, float("-inf"))
+        first = row.to(gl.int64) * queries + block * C + group * ROWS
+        gl.store(lse_ptr + first + gl.arange(0, ROWS, layout=s_rows), lse)
+        down = gl.expand_dims(gl.arange(0, ROWS, layout=o_rows), 1)
+        across = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, o_layout)), 0)
+        gl.store(out_ptr + first * D + (down * D + across), acc.to(out_ptr.dtype.element_ty))
 
 
 @gluon.jit
 def _forward(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, index_ptr, count_ptr, sizes_ptr, bias_ptr,
     q_b, q_h, q_c, k_b, k_h, k_c, v_b, v_h, v_c, index_b, index_h, index_n, count_b, count_h, sizes_b, sizes_h,
-    bias_b, heads, queries, scale,
+    bias_b, work, blocks, heads, queries, scale,
     C: gl.constexpr, D: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
     HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
-    block, row = gl.program_id(0), gl.program_id(1)
-    b, h = row // heads, row % heads
-    index_ptr += b.to(gl.int64) * index_b + h * index_h + block * index_n
-    sizes_ptr += b.to(gl.int64) * sizes_b + h * sizes_h
-    bias_ptr += b.to(gl.int64) * bias_b
-    count = gl.load(count_ptr + b * count_b + h * count_h + block)
     q_tile = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, ROWS, D], q_desc.layout)
-    k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, C, D], k_desc.layout)
-    v_tiles = gl.allocate_shared_memory(v_desc.dtype, [STAGES, C, D], v_desc.layout)
+    k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, TILE, D], k_desc.layout)
+    v_tiles = gl.allocate_shared_memory(v_desc.dtype, [STAGES, TILE, D], v_desc.layout)
     q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_ready, count=1)
+    mbarrier.init(q_empty, count=GROUPS)
     for stage in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(stage), count=1)
-        mbarrier.init(v_ready.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=GROUPS)
-        mbarrier.init(v_empty.index(stage), count=GROUPS)
-    q_row, q_col = b * q_b + h * q_h + block * C, h * q_c
-    k_row, k_col = b * k_b + h * k_h, h * k_c
-    v_row, v_col = b * v_b + h * v_h, h * v_c
-    place = row.to(gl.int64) * queries + block * C
+        mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=GROUPS)
     # Constants stay constants only in tuples that are written where they are passed.
     # fmt: off
     if GROUPS == 1:
         gl.warp_specialize([
             (_compute, (
-            out_ptr, lse_ptr, index_ptr, sizes_ptr, bias_ptr, count, place, scale, q_tile, k_tiles, v_tiles,
-            q_ready, k_ready, k_empty, v_ready, v_empty, 0, C, D, STAGES, HAS_SIZES, HAS_BIAS,
+            out_ptr, lse_ptr, index_ptr, count_ptr, sizes_ptr, bias_ptr, index_b, index_h, index_n, count_b, count_h,
+            sizes_b, sizes_h, bias_b, queries, scale, q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
+            work, blocks, heads, 0, C, D, STAGES, HAS_SIZES, HAS_BIAS,
         )),
             (_bring, (
-            k_desc, v_desc, q_desc, index_ptr, count, q_row, k_row, v_row, q_col, k_col, v_col, q_tile, k_tiles,
-            v_tiles, q_ready, k_ready, k_empty, v_ready, v_empty, C, GROUPS, STAGES,
+            k_desc, v_desc, q_desc, index_ptr, count_ptr, q_b, q_h, q_c, k_b, k_h, k_c, v_b, v_h, v_c,
+            index_b, index_h, index_n, count_b, count_h, q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
+            work, blocks, heads, C, GROUPS, STAGES,
         )),
         ], [1], [24])
     else:
         gl.warp_specialize([
             (_compute, (
-            out_ptr, lse_ptr, index_ptr, sizes_ptr, bias_ptr, count, place, scale, q_tile, k_tiles, v_tiles,
-            q_ready, k_ready, k_empty, v_ready, v_empty, 0, C, D, STAGES, HAS_SIZES, HAS_BIAS,
+            out_ptr, lse_ptr, index_ptr, count_ptr, sizes_ptr, bias_ptr, index_b, index_h, index_n, count_b, count_h,
+            sizes_b, sizes_h, bias_b, queries, scale, q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
+            work, blocks, heads, 0, C, D, STAGES, HAS_SIZES, HAS_BIAS,
         )),
             (_compute, (
-            out_ptr, lse_ptr, index_ptr, sizes_ptr, bias_ptr, count, place, scale, q_tile, k_tiles, v_tiles,
-            q_ready, k_ready, k_empty, v_ready, v_empty, 1, C, D, STAGES, HAS_SIZES, HAS_BIAS,
+            out_ptr, lse_ptr, index_ptr, count_ptr, sizes_ptr, bias_ptr, index_b, index_h, index_n, count_b, count_h,
+            sizes_b, sizes_h, bias_b, queries, scale, q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
+            work, blocks, heads, 1, C, D, STAGES, HAS_SIZES, HAS_BIAS,
         )),
             (_bring, (
-            k_desc, v_desc, q_desc, index_ptr, count, q_row, k_row, v_row, q_col, k_col, v_col, q_tile, k_tiles,
-            v_tiles, q_ready, k_ready, k_empty, v_ready, v_empty, C, GROUPS, STAGES,
+            k_desc, v_desc, q_desc, index_ptr, count_ptr, q_b, q_h, q_c, k_b, k_h, k_c, v_b, v_h, v_c,
+            index_b, index_h, index_n, count_b, count_h, q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
+            work, blocks, heads, C, GROUPS, STAGES,
         )),
         ], [4, 1], [240, 24])
     # fmt: on
 
 
 def stages(block: int, dim: int) -> int:
-    """Tiles of keys (and of values) in shared memory at a time."""
-    tile = 2 * block * dim
+    """Tiles of keys (and of values) in shared memory at a time; three are in use together."""
     at_once = 2 if block == ROWS.value else 1  # programs of one group share a multiprocessor
-    return max(2, min(4, (SHARED // at_once - tile - 1024) // (2 * tile)))
+    return max(3, min(6, (SHARED // at_once - 2 * block * dim - 1024) // (4 * TILE.value * dim)))
 
 
 def forward(
@@ -245,15 +334,23 @@ def forward(
     block = routes.block
     out = torch.empty((b, h, s, d), dtype=q.dtype, device=q.device)
     lse = torch.empty((b, h, s), dtype=torch.float32, device=q.device)
-    described = [_described(x, r) for x, r in ((q, ROWS.value), (k, block), (v, block))]
+    described = [_described(x, r) for x, r in ((q, ROWS.value), (k, TILE.value), (v, TILE.value))]
     lists, strides = lists_of(routes, bias, b, h)
+    work = s // block * b * h
+    programs = min(work, multiprocessors(q.device) * (2 if block == ROWS.value else 1))
     launch(
-        _forward, (s // block, b * h), *(d for d, _ in described), out, lse, *lists,
-        *(n for _, steps in described for n in steps), *strides, h, s, scale * LOG2E,
-        C=block, D=d, GROUPS=block // ROWS.value, STAGES=depth or stages(block, d), HAS_SIZES=routes.sizes is not None,
-        HAS_BIAS=bias is not None, num_warps=4, maxnreg=168 if block > ROWS.value else 128,
+        _forward, (programs,), *(x for x, _ in described), out, lse, *lists,
+        *(n for _, steps in described for n in steps), *strides, work, s // block, h, s, scale * LOG2E,
+        C=block, D=d, GROUPS=block // ROWS.value, STAGES=depth or stages(block, d),
+        HAS_SIZES=routes.sizes is not None, HAS_BIAS=bias is not None,
+        num_warps=4, maxnreg=168 if block > ROWS.value else 128,
     )  # fmt: skip
     return out, lse
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def _described(x: torch.Tensor, rows: int) -> tuple[Any, tuple[int, int, int]]:

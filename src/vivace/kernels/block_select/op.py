@@ -8,20 +8,24 @@ from typing import Any
 
 import torch
 
+from vivace.kernels.block_attention.spec import Routes
+
 T = torch.Tensor
 
 
 @torch.library.custom_op("vivace::select_blocks", mutates_args=())
 def _op(
-    scores: T, top: int, mass: float, forced: T | None, text: int, softmax: bool, backend: str
-) -> tuple[T, T]:
+    scores: T, top: int, mass: float, forced: T | None, text: int, softmax: bool, backend: str, also: T | None = None
+) -> tuple[T, T]:  # fmt: skip
     return importlib.import_module(f"{__package__}.{backend}").select(
-        scores, top, mass, forced, text, softmax
+        scores, top, mass, forced, text, softmax, also
     )
 
 
 @_op.register_fake
-def _(scores: T, top: int, mass: float, forced: Any, text: int, softmax: bool, backend: str) -> Any:
+def _(
+    scores: T, top: int, mass: float, forced: Any, text: int, softmax: bool, backend: str, also: Any = None
+) -> Any:
     b, h, nq, nk = scores.shape
     return (
         scores.new_empty((b, h, nq + text, nk + text), dtype=torch.int32),
@@ -37,19 +41,38 @@ def select_blocks(
     text: int = 0,
     softmax: bool = True,
     backend: str = "reference",
+    also: T | None = None,
 ) -> tuple[T, T]:
     """Lists of key blocks from scores (`vivace.kernels.block_select.spec`).
 
     Raises:
-        ValueError: neither `top` nor `mass` nor `forced` takes anything, or `forced` has another shape.
+        ValueError: neither `top` nor `mass` nor `forced` takes anything, or a mask has another shape than the scores.
     """
-    if top < 1 and mass <= 0.0 and forced is None:
+    if scores.dtype == torch.bool:
+        if top > 0 or mass > 0.0:
+            raise ValueError("a bool selection is made already: top and mass have nothing to choose from.")
+    elif top < 1 and mass <= 0.0 and forced is None:
         raise ValueError(
             "a selection needs top >= 1, mass > 0 or forced blocks; otherwise rows may stay empty."
         )
     if forced is not None and tuple(forced.shape) != tuple(scores.shape[2:]):
         raise ValueError(f"forced must be {tuple(scores.shape[2:])}, not {tuple(forced.shape)}.")
-    return _op(scores, top, mass, forced, text, softmax, backend)
+    b, h, nq, nk = scores.shape
+    if also is not None and tuple(also.shape) not in [(x, y, nq, nk) for x in (1, b) for y in (1, h)]:
+        raise ValueError(f"also must be (1 or {b}, 1 or {h}, {nq}, {nk}), not {tuple(also.shape)}.")
+    return _op(scores, top, mass, forced, text, softmax, backend, also)
+
+
+def visited_pairs(
+    routes: Routes, query_sizes: T, batch: int, heads: int, backend: str = "reference"
+) -> float:
+    """`Routes.pairs`; by the Triton kernel in one pass over what is listed. Synchronises."""
+    if backend == "reference":
+        return routes.pairs(query_sizes, batch, heads)
+    module = importlib.import_module(f"{__package__}.{backend}")
+    keys = module.visited(routes.index, routes.count, routes.sizes, routes.block)
+    b, h = keys.shape[:2]
+    return float((keys.double() * query_sizes).sum()) * (batch / b) * (heads / h)
 
 
 def runner(backend: str) -> Callable[..., tuple[T, T]]:
@@ -62,7 +85,8 @@ def runner(backend: str) -> Callable[..., tuple[T, T]]:
         forced: T | None = None,
         text: int = 0,
         softmax: bool = True,
+        also: T | None = None,
     ) -> tuple[T, T]:
-        return select_blocks(scores, top, mass, forced, text, softmax, backend)
+        return select_blocks(scores, top, mass, forced, text, softmax, backend, also)
 
     return run

@@ -6,10 +6,21 @@ import torch
 
 
 def select(
-    scores: torch.Tensor, top: int, mass: float, forced: torch.Tensor | None, text: int, softmax: bool
+    scores: torch.Tensor,
+    top: int,
+    mass: float,
+    forced: torch.Tensor | None,
+    text: int,
+    softmax: bool,
+    also: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `spec`."""
-    keep = chosen(scores, top, mass, forced, softmax)
+    if scores.dtype == torch.bool:
+        keep = scores if forced is None else scores | forced
+    else:
+        keep = chosen(scores, top, mass, forced, softmax)
+    if also is not None:
+        keep = keep | also
     b, h, nq, nk = keep.shape
     whole = torch.ones(b, h, nq + text, nk + text, dtype=torch.bool, device=scores.device)
     whole[:, :, :nq, :nk] = keep

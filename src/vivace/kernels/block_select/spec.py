@@ -1,11 +1,13 @@
 """Selecting key blocks: scores of (block of queries, block of keys) to the lists of `vivace.kernels.block_attention`.
 
-    select_blocks(scores, top=0, mass=0.0, forced=None, text=0, softmax=True) -> (index, count)
+    select_blocks(scores, top=0, mass=0.0, forced=None, text=0, softmax=True, also=None) -> (index, count)
 
 * scores (B, H, NQ, NK) float32, of the video's blocks; -inf marks a block that must not be taken.
 * A row takes its `top` best blocks; then as many more as it needs for the sum of its probabilities (the softmax of the
   row, or the scores themselves with `softmax=False`) to reach `mass`. Of equal scores the lower number goes first.
 * `forced`, None or bool (NQ, NK): blocks that are taken in any case; they count towards `top` and `mass`.
+* `also`, None or bool (B or 1, H or 1, NQ, NK): blocks that are taken besides; they count towards nothing.
+* Scores may be bool: a selection that is made already, of which only the lists are wanted (`top` and `mass` stay 0).
 * `text` blocks of joint attention stand behind the video's: every row lists them, and as many rows of their own follow
   that list everything.
 * index int32 (B, H, NQ + text, NK + text), rising within a row, `count` int32 (B, H, NQ + text) of them valid.

@@ -1,1 +1,1 @@
-"""k-means of tokens, per sample and head; see `op`."""
+"""k-means of tokens, per sample and head; see `spec`."""

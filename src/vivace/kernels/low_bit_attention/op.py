@@ -46,8 +46,8 @@ def low_bit_attention(
 
     Args:
         block: slots of a block where `routes` is None.
-        group: rows that share a scale, 0 for a whole block; by default 32, or the block where that is smaller.
-        backend: `triton` or `reference`; `spec.choose` says which can run.
+        group: queries that share a scale, 0 for a whole block; by default 32, or the block where that is smaller.
+        backend: `hopper`, `triton` or `reference`; `spec.choose` says which can run.
 
     Raises:
         ValueError: the tensors do not fit each other.

@@ -41,7 +41,8 @@ def forward(
         mean = quantise.mean_of(ks, real)
         shift = (qs * mean[:, :, None]).sum(-1) * scale
         ks = quantise.cleared(ks - mean[:, :, None], real)
-        qs, ks = (_restored(quantise.to_int8(x, group), group, dtype) for x in (qs, ks))
+        qs = _restored(quantise.to_int8(qs, group), group, dtype)
+        ks = _restored(quantise.to_int8(ks, block), block, dtype)
     if pv == "fp8":
         rounded = quantise.to_e4m3(vs)
         vs = rounded.values.to(dtype) * rounded.scales[:, :, None].to(dtype)

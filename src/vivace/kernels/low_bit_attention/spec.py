@@ -9,8 +9,9 @@ How numbers are rounded, with C slots to a block:
 
 * The mean of each head's keys is subtracted from them. It moves all scores of a query alike, so that the softmax does
   not notice; `lse` gets q . mean * scale back.
-* `qk="int8"`: queries and smoothed keys are rounded to the nearest of -127 .. 127 times a scale. `group` rows share
-  one, the largest size among them over 127; `group` divides C, and 0 means C. Products are exact in int32.
+* `qk="int8"`: queries and smoothed keys are rounded to the nearest of -127 .. 127 times a scale, the largest size
+  among them over 127. `group` queries share one (`group` divides C, and 0 means C), and so do the keys of a block.
+  Products are exact in int32.
 * `pv="fp8"`: values are rounded to e4m3 with a scale per channel of a head, its largest size over 448. Probabilities
   relative to the running maximum lie in 0 .. 1 and are rounded to e4m3 after multiplication by 448. Their sum, the
   denominator, is of the numbers before rounding. Sums over a block of keys are added up in float32 (two levels).
@@ -20,7 +21,7 @@ Slots behind a block's keys are never read. Slots behind a block's queries are r
 hold larger numbers; `Layout.arrange` leaves zeros. No gradients. One custom operation of torch,
 `vivace::low_bit_attention`, with a fake implementation.
 
-`triton` is the fast kernel, for GPUs that have the number formats (compute capability 8.9 for FP8). `reference` does
+`hopper` is the fast kernel for Hopper GPUs with `int8` and `fp8`, `triton` the one for all GPUs that have the number formats (compute capability 8.9 for FP8). `reference` does
 the same roundings with ordinary numbers: emulated, slower than plain attention, and taken on a GPU only by name.
 """
 
@@ -34,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 from vivace.kernels.api import Candidate, Choice, register, select
 from vivace.kernels.block_attention.spec import Routes, avoid_interpreted, on_gpu
 from vivace.kernels.block_attention.spec import check_inputs as check_block_inputs
+from vivace.kernels.block_attention.spec import refuse_hopper as refuse_block_hopper
 from vivace.kernels.block_attention.spec import refuse_triton as refuse_block_triton
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ PV = ("fp8", "bf16")
 BLOCK = 64
 """Slots of a block where no routes say it."""
 GROUP = 32
-"""Rows of queries, and of keys, that share a scale."""
+"""Queries that share a scale."""
 ERROR = 3e-2
 """Largest relative L2 error against exact attention, on tensors as video transformers have them."""
 TOLERANCE = 2e-3
@@ -129,5 +131,13 @@ def _load(name: str) -> Callable[[], Callable[..., Any]]:
     return load
 
 
+def _refuse_hopper(context: Mapping[str, Any]) -> str | None:
+    if reason := refuse_block_hopper(context):
+        return reason
+    modes = context.get("qk", "int8"), context.get("pv", "fp8")
+    return None if modes == ("int8", "fp8") else f"it is for int8 scores and fp8 values, not {' and '.join(modes)}"
+
+
+register(OP, Candidate("hopper", _refuse_hopper, _load("hopper")))
 register(OP, Candidate("triton", _refuse_triton, _load("triton"), avoid_interpreted))
 register(OP, Candidate("reference", _never, _load("reference"), _avoid_emulation))

@@ -40,18 +40,19 @@ class AdaSpa(DynamicAttention):
             arxiv="2502.21079",
             differs="the search computes the rows' sums itself, where the original keeps them (LSE) from a dense pass; "
             "its step attends sparsely already; heads get the numbers of blocks with the largest mean recall for the "
-            "budget, where the original moves a fixed share of it from heads of high recall to those of low",
+            "budget, where the original has three levels: heads with a recall above .8 get half as many blocks, and as "
+            "many heads with the lowest recall half as many again",
         ),
         needs=(Need.ATTENTION_SITES, Need.TOKEN_GRID),
         fidelity=0.6,
     )
 
     dense_steps: int = knob(10, low=0, high=50)
-    """First steps that stay dense, of 50; lower it for few-step models."""
+    """First steps that stay dense, of 50, as in the paper; lower it for few-step models."""
     refresh: int = knob(20, low=1, high=50)
-    """Steps from one search to the next: after 10 dense steps of 50, at steps 10 and 30."""
+    """Steps from one search to the next: after 10 dense steps of 50, at steps 10 and 30, as in the paper."""
     sparsity: float = knob(0.8, low=0.0, high=0.99, identity=0.0)
-    """Share of the blocks of the video's map that are left out, on average over the heads of a layer."""
+    """Share of the blocks of the video's map that are left out, on average over a layer's heads; .8 in the paper."""
     mass: float = knob(0.0, low=0.0, high=0.99)
     """Probability that is recovered on average over the heads at least, text included, whatever the sparsity."""
 

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 NAME = "axis_mass"
 FORMAT, VERSION = "vivace-orders", 1
-COMMAND = "vivace.plans.mask_searching.search_orders(pipeline, prompts)"
+COMMAND = (
+    "`vivace calibrate --technique paro` or vivace.plans.mask_searching.search_orders(pipeline, prompts)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

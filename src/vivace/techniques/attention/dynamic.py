@@ -64,6 +64,33 @@ class View:
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     beside: float = 0.0
     _means: dict[str, torch.Tensor] = field(default_factory=dict)
+    _alike: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: Layout,
+        alike: bool = False,
+        **rest: Any,
+    ) -> View:
+        """A view of (B, S, H, D) tensors; where the layout's kernel has means in the same pass, with those.
+
+        Args:
+            alike: also the likeness of q's and k's blocks.
+            rest: the other attributes.
+        """
+        if not layout.fused:
+            return cls(*(layout.arrange(x) for x in (q, k, v)), layout=layout, **rest)
+        means, likes, blocks = {}, {}, []
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            there, means[name], like = layout.arrange_pooled(x, alike and name != "v")
+            blocks.append(there)
+            if like is not None:
+                likes[name] = like
+        return cls(*blocks, layout=layout, **rest, _means=means, _alike=likes)
 
     @property
     def video(self) -> int:
@@ -76,10 +103,21 @@ class View:
             self._means[name] = self.layout.mean(getattr(self, name))
         return self._means[name]
 
+    def alike(self, name: str) -> torch.Tensor:
+        """Mean cosine between all pairs of real tokens of each block of `q` or `k`: float32 (B, H, N), no gradient."""
+        if name not in self._alike:
+            import torch
+
+            unit = torch.nn.functional.normalize(getattr(self, name).detach().float(), dim=-1)
+            # The mean over pairs of x.y is the square of the mean's length.
+            self._alike[name] = self.layout.mean(unit).square().sum(-1)
+        return self._alike[name]
+
     def pooled_scores(self) -> torch.Tensor:
         """Scaled products of block means, video against video: float32 (B, H, NV, NV)."""
         q, k = (self.mean(n)[:, :, : self.video] for n in ("q", "k"))
-        return q @ k.transpose(-1, -2) * self.scale
+        # The scale on the smaller side: the scores are not read and written once more.
+        return (q * self.scale) @ k.transpose(-1, -2)
 
     def routes(
         self,
@@ -88,17 +126,22 @@ class View:
         mass: float = 0.0,
         forced: torch.Tensor | None = None,
         softmax: bool = True,
+        also: torch.Tensor | None = None,
     ) -> Routes:
         """Lists of the video's best blocks by `scores` (B, H, NV, NV), all text in every list.
+
+        Bool scores are a selection that is made already; it is turned into lists.
 
         Args:
             share: of the video's blocks that every row gets, at least one block.
             mass: of probability that its blocks reach together.
             forced: bool (NV, NV), blocks that are taken in any case.
             softmax: whether probabilities are the softmax of the scores, or the scores themselves.
+            also: bool (B or 1, H or 1, NV, NV), blocks that are taken besides and count towards nothing.
         """
         top = max(1, math.ceil(share * self.video - 1e-9)) if share > 0.0 else 0
-        index, count = self.select(scores, top, mass, forced, self.layout.text_blocks, softmax)
+        extra = {} if also is None else {"also": also}
+        index, count = self.select(scores, top, mass, forced, self.layout.text_blocks, softmax, **extra)
         return Routes(index, count, self.layout.sizes, self.layout.block)
 
 
@@ -134,9 +177,12 @@ class SparseSite:
             return self._dispatch(q, k, v, attn_mask=mask, backend=self._backend)
         assert self.select is not None
         assert self.attend is not None
-        view = View(
-            *(layout.arrange(x) for x in (q, k, v)),
-            layout=layout,
+        view = View.of(
+            q,
+            k,
+            v,
+            layout,
+            self._technique.alike and self.kept is None,
             scale=q.shape[-1] ** -0.5,
             memory=self.memory,
             select=self.select,
@@ -153,7 +199,10 @@ class SparseSite:
         layout = self.layout
         if layout is None or self.last is None or queries != layout.tokens or keys != layout.tokens:
             return float(batch) * heads * queries * keys
-        return self.last.pairs(layout.counts, batch, heads) + self.beside * batch * heads
+        from vivace.kernels.block_select.op import visited_pairs
+
+        by = "triton" if layout.fused else "reference"
+        return visited_pairs(self.last, layout.counts, batch, heads, by) + self.beside * batch * heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +212,8 @@ class DynamicAttention(PlacedAttention):
     abstract: ClassVar[bool] = True
     partitions: ClassVar[int] = 1
     """Ways to cut a clip that layers take in turns."""
+    alike: ClassVar[bool] = False
+    """Whether `route` asks how alike the tokens of a block are (`View.alike`)."""
 
     block: int = knob(64, choices=(64, 128))
     """Most tokens of a block; small clips get smaller blocks."""
@@ -340,5 +391,6 @@ class DynamicAttention(PlacedAttention):
             choose = self.selector(**context, blocks=max(layout.blocks for layout in layouts))
             target.chosen(attend)
             target.chosen(choose)
+            target.chosen(layouts[0].moves)
             built[grid, device, dtype] = layouts, choose.run, attend.run
         return built[grid, device, dtype]

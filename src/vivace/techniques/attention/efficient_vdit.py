@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Self
 from vivace.techniques.attention.searched import SearchedSparse, example_file
 from vivace.techniques.base import Card, Cite, Need, Paradigm, Stage, exclusive, knob
 
-PATTERNS = ("full", "frames:8", "frames:4", "frames:2", "frames:1")
-"""What a search tries for every layer."""
+PATTERNS = ("full", *(f"frames:{k}" for k in (12, 8, 6, 4, 3, 2, 1)))
+"""What a search tries for every layer: the paper's masks for clips of 8 and 24 latent frames."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +36,16 @@ class EfficientVDiT(SearchedSparse):
             title="Efficient-vDiT: Efficient Video Diffusion Transformers With Attention Tile",
             arxiv="2502.06155",
             differs="the masks alone, without the original's consistency distillation and knowledge distillation, "
-            "which give back what the masks cost; reference frames are spread evenly over the clip and see as little "
-            "as others do; layers are chosen by the mean error of their heads' outputs; 2 references are our default",
+            "which give back what the masks cost; reference frames are spread evenly over the clip (our reading) and "
+            "see as little as others do, where the paper's sparsities are those of masks in which they see everything; "
+            "layers are chosen by the mean error of their heads' outputs",
         ),
         needs=(Need.ATTENTION_SITES, Need.TOKEN_GRID),
         fidelity=0.4,
     )
 
     references: int = knob(2, low=1, high=32)
-    """Reference frames (latent) of all layers, without a file."""
+    """Reference frames (latent) of all layers, without a file; the paper's example has 2 in a clip of 8."""
 
     @classmethod
     def examples(cls, workdir: Path, pipeline: Any) -> tuple[Self, ...]:

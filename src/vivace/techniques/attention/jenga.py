@@ -83,13 +83,8 @@ class Jenga(DynamicAttention):
         return max(1.0 - self.drop, 1.0 / blocks)
 
     def route(self, view: View) -> Routes:
-        best = view.routes(view.pooled_scores(), share=1.0 - self.drop, mass=self.mass)
-        if not self.neighbours:
-            return best
-        n = view.video
-        keep = best.mask(view.layout.blocks)[:, :, :n, :n] | view.layout.tables["near"]
-        # A list of what is left when all else is forbidden.
-        return view.routes(keep.float().masked_fill(~keep, float("-inf")), share=1.0)
+        near = view.layout.tables["near"][None, None] if self.neighbours else None
+        return view.routes(view.pooled_scores(), share=1.0 - self.drop, mass=self.mass, also=near)
 
 
 def touching(grid: TokenGrid, slots: np.ndarray) -> np.ndarray:

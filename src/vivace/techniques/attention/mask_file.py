@@ -19,7 +19,7 @@ from vivace.core.errors import ConfigError
 from vivace.models.adapter import ModelDescription
 
 FORMAT, VERSION = "vivace-masks", 1
-COMMAND = "vivace.plans.mask_searching.search_masks(pipeline, prompts, patterns)"
+COMMAND = "`vivace calibrate --technique NAME` or vivace.plans.mask_searching.search_masks(pipeline, prompts, patterns)"
 
 
 @dataclass(frozen=True, kw_only=True)

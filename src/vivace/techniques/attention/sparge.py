@@ -40,6 +40,8 @@ class SpargeAttention(DynamicAttention):
         fidelity=0.4,
     )
 
+    alike: ClassVar[bool] = True
+
     mass: float = knob(0.9, low=0.1, high=1.0)
     """Of the pooled map's probability that the kept blocks reach together."""
     similar: float = knob(0.5, low=-1.0, high=1.0)
@@ -52,13 +54,10 @@ class SpargeAttention(DynamicAttention):
 
     def route(self, view: View) -> Routes:
         n = view.video
-        alike_q, alike_k = (self_similarity(view, name)[:, :, :n] >= self.similar for name in ("q", "k"))
+        alike_q, alike_k = (view.alike(name)[:, :, :n] >= self.similar for name in ("q", "k"))
         scores = view.pooled_scores().masked_fill(~alike_k[:, :, None], float("-inf"))
         share, mass = (self.share, 0.0) if self.share > 0.0 else (1.0 / n, self.mass)
-        routes = view.routes(scores, share=share, mass=mass)
-        keep = routes.mask(view.layout.blocks)
-        keep[:, :, :n, :n] |= ~alike_q[..., None] | ~alike_k[:, :, None]
-        return Routes.of_mask(keep, view.layout.sizes, view.layout.block)
+        return view.routes(scores, share=share, mass=mass, also=~(alike_q[..., None] & alike_k[:, :, None]))
 
     def attention(self, view: View, kept: Routes | None) -> tuple[torch.Tensor, Routes]:
         if self.skip <= 0.0 or self.precision != "full":
@@ -66,13 +65,3 @@ class SpargeAttention(DynamicAttention):
         routes = self.route(view) if kept is None else kept
         out, _ = view.attend(view.q, view.k, view.v, routes, view.scale, view.bias, skip=self.skip)
         return out, routes
-
-
-def self_similarity(view: View, name: str) -> torch.Tensor:
-    """Mean cosine between all pairs of tokens of each block: (B, H, N), 1 for equal tokens."""
-    import torch
-
-    x = getattr(view, name)
-    unit = torch.nn.functional.normalize(x.float(), dim=-1)
-    # The mean over pairs of x.y is the square of the mean's length.
-    return view.layout.mean(unit).square().sum(-1)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from vivace.kernels.api import Choice, select
 from vivace.kernels.block_attention.spec import Routes
+from vivace.kernels.cluster_tokens.spec import OP as CLUSTER
+from vivace.kernels.cluster_tokens.spec import Clustering, start
 from vivace.techniques.attention.dynamic import DynamicAttention, View
 from vivace.techniques.base import Card, Cite, Need, Paradigm, Stage, exclusive, knob
 
@@ -17,6 +21,17 @@ if TYPE_CHECKING:
 
 CROWD = 16
 """Tokens that a cluster has on average at least: small clips get fewer clusters than asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What stands in `View.select`: the selection of blocks as ever, and k-means beside it."""
+
+    pick: Callable[..., Any]
+    clustering: Clustering
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        return self.pick(*args, **more)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +57,7 @@ class Svg2(DynamicAttention):
             code="https://github.com/svg-project/Sparse-VideoGen",
             differs="tokens sorted by cluster are cut into even blocks, which are scored by their own means, where the "
             "original's blocks are the clusters and have any size; k-means starts from evenly spaced tokens, not from "
-            "random ones, and runs in plain torch, without the original's fused kernels",
+            "random ones",
         ),
         needs=(Need.ATTENTION_SITES, Need.TOKEN_GRID),
         fidelity=0.4,
@@ -86,29 +101,34 @@ class Svg2(DynamicAttention):
         scores = view.pooled_scores() + view.layout.counts[: view.video].float().log()
         return view.routes(scores, share=self.share, mass=self.mass)
 
+    def selector(self, **context: Any) -> Choice:
+        """Both kernels: lists of blocks, and clusters."""
+        pick, cluster = super().selector(**context), select(CLUSTER, **context)
+        why = f"{pick.why}; {CLUSTER} by {cluster.name}: {cluster.why}"
+        return Choice(pick.op, pick.name, why, Tools(pick.run, cluster.run()))
+
     def attention(self, view: View, kept: Routes | None) -> tuple[torch.Tensor, Routes]:
         """Sort, attend among the sorted blocks, and put the outputs back. `Routes` are those of the sorted blocks."""
+        tools: Any = view.select
         if kept is None:
             orders = {name: self.order(view, name) for name in "qk"}
             if self.refresh > 1:
                 view.memory["orders"] = orders
         else:
             orders = view.memory["orders"]
-        q, k, v = (_taken(x, orders[name]) for x, name in ((view.q, "q"), (view.k, "k"), (view.v, "k")))
+        take = tools.clustering.take
+        q, k, v = take(view.q, orders["q"]), take(view.k, orders["k"]), take(view.v, orders["k"])
         if kept is None:
             sorted_view = View(q, k, v, view.layout, view.scale, {}, view.select, view.attend)
             routes = self.route(sorted_view)
         else:
             routes = kept
         out, _ = view.attend(q, k, v, routes, view.scale, view.bias)
-        return _taken(out, orders["q"].argsort(-1)), routes
+        return tools.clustering.put(out, orders["q"]), routes
 
     def order(self, view: View, name: str) -> torch.Tensor:
-        """Slots (B, H, N * C) of q or k, the video's sorted by cluster; text and padding stay where they are."""
-        import torch
-
-        from vivace.kernels.cluster_tokens.op import cluster, start
-
+        """The video's slots of q or k sorted by cluster, int32 (B, H, NV * C); text and its padding stay in place."""
+        tools: Any = view.select
         layout = view.layout
         slots, clusters = layout.video_blocks * layout.block, self._clusters(layout, name)
         x, gone = getattr(view, name)[:, :, :slots].detach(), layout.gone[:slots]
@@ -116,14 +136,7 @@ class Svg2(DynamicAttention):
         if centres is None or centres.shape[:3] != (*x.shape[:2], clusters):
             # All blocks but the last are full.
             centres, iterations = start(x, clusters, slots - layout.block), self.first
-        labels, view.memory[f"centres_{name}"] = cluster(x, centres, iterations, gone)
+        _, order, centres = tools.clustering.cluster(x, centres, iterations, gone)
+        view.memory[f"centres_{name}"] = centres
         view.beside += float(iterations * clusters * slots)
-        # Padding has the highest label, so that it stays behind the last block's tokens.
-        order = torch.argsort(labels, dim=-1, stable=True)
-        rest = torch.arange(slots, view.q.shape[2], device=x.device).expand(*x.shape[:2], -1)
-        return torch.cat([order, rest], -1)
-
-
-def _taken(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """x (B, H, S, D) in the order (B, H, S)."""
-    return x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[-1]))
+        return order

@@ -40,18 +40,20 @@ class VideoMoba(DynamicAttention):
             title="VMoBA: Mixture-of-Block Attention for Video Diffusion Models",
             arxiv="2506.23858",
             code="https://github.com/KwaiVGI/VMoBA",
-            differs="blocks of queries are chosen for, by their means, where the original chooses for every query; "
+            differs="blocks of queries are chosen for, by their means, where the original chooses for every query; of "
+            "the four rules in the authors' code ours is the one over a whole head; its default goes query by query; "
             "blocks have 64 or 128 tokens, the original's thousands; the second partition goes through the places of "
-            "the plane row by row; blocks are added while the sum falls short, also none beside the own one",
+            "the plane row by row; blocks are added while the sum falls short, also none beside the own one, where the "
+            "authors' code always adds one",
         ),
         needs=(Need.ATTENTION_SITES, Need.TOKEN_GRID),
         fidelity=0.6,
     )
 
     dense_steps: int = knob(12, low=0, high=50)
-    """First steps that stay dense when it runs untrained."""
+    """First steps that stay dense when it runs untrained; FastVideo's settings have 12, the authors' code none."""
     threshold: float = knob(0.25, low=0.01, high=1.0)
-    """Share of a head's similarity that the kept pairs reach together."""
+    """Share of a head's similarity that the kept pairs reach together; .25 in the authors' code."""
 
     @classmethod
     def examples(cls, workdir: Path, pipeline: Any) -> tuple[Self, ...]:

@@ -1,0 +1,1 @@
+"""Tokens into blocks and back, with the blocks' means in the same pass; see `spec`."""

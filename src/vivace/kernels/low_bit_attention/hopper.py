@@ -1,0 +1,395 @@
+"""Low-bit attention for Hopper GPUs in Gluon: the roles and order of `vivace.kernels.block_attention.hopper`, in 8 bits.
+
+INT8 scores come out as integers. They are added to the bits of 1.5 * 2^23, so that the sum already is the bits of a
+float and no conversion is needed; the offset disappears in the exponent's multiply-add. Probabilities stay in the
+registers where the scores came out: values are stored with their keys in the order in which the tensor cores want to
+find them there (a permutation inside every 16), as FlashAttention-3 does for FP8 (arXiv 2407.08608).
+"""
+
+# Gluon's decorators turn functions into things that a type checker cannot see through.
+# pyright: reportAssignmentType=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from vivace.kernels.block_attention.hopper import ROWS, SHARED, TILE, folded, multiprocessors
+from vivace.kernels.block_attention.spec import Routes
+from vivace.kernels.launch import launch
+from vivace.kernels.low_bit_attention.rounding import Rounded, rounded
+
+# Triton 3.9 calls it so.
+_load: Any = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+OFFSET = gl.constexpr(12582912.0)
+"""1.5 * 2^23: floats around it are one apart."""
+OFFSET_BITS = gl.constexpr(0x4B400000)
+
+
+@gluon.constexpr_function
+def _tensor_core(columns):
+    """Layout of a product of 64 rows by so many columns in the registers of four warps."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 32])
+
+
+@gluon.jit
+def _listed(index, tile, tiles, C: gl.constexpr, DENSE: gl.constexpr):
+    """Block of a tile of a list; behind the last one that of the last."""
+    entry = gl.minimum(tile, tiles - 1) // (C // TILE)
+    return entry if DENSE else gl.load(index + entry)
+
+
+@gluon.jit
+def _real_keys(sizes, keys, block, tile, tiles, C: gl.constexpr, HAS_SIZES: gl.constexpr):
+    """Real keys from a tile's first slot on, none behind the last tile."""
+    inside = (tile % (C // TILE)) * TILE
+    size = gl.load(sizes + block) - inside if HAS_SIZES else keys - block * C - inside
+    return size if C > TILE else gl.where(tile < tiles, size, 0)
+
+
+@gluon.jit
+def _bring(
+    q_desc, k_desc, v_desc, index_ptr, count_ptr, index_b, index_h, index_n, count_b, count_h,
+    q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty, work, blocks, heads, query_slots, key_slots, keys,
+    C: gl.constexpr, D: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
+):  # fmt: skip
+    """The producer: for every block of queries these, then the tiles of its list."""
+    n, turn = 0, 0
+    for task in range(gl.program_id(0), work, gl.num_programs(0)):
+        block, row = task % blocks, task // blocks
+        b, h = row // heads, row % heads
+        index = index_ptr + (b.to(gl.int64) * index_b + h * index_h + block * index_n)
+        count = (keys + C - 1) // C if DENSE else gl.load(count_ptr + b * count_b + h * count_h + block)
+        tiles = count * (C // TILE)
+        mbarrier.wait(q_empty, turn ^ 1)
+        mbarrier.expect(q_ready, q_desc.block_type.nbytes * GROUPS)
+        for group in gl.static_range(GROUPS):
+            _load(q_desc, [row * query_slots + block * C + group * ROWS, 0], q_ready, q_tile.index(group))
+        here = 0 if DENSE else gl.load(index)
+        # Tiles come in pairs.
+        for t in range((tiles + 1) // 2 * 2):
+            # A list's next entry is on its way while this one waits for room.
+            following = _listed(index, t + 1, tiles, C, DENSE)
+            first = here * C + (t % (C // TILE)) * TILE
+            at, phase = n % STAGES, (n // STAGES) & 1
+            # The barriers of empty tiles begin in the phase before their first.
+            mbarrier.wait(empty.index(at), phase ^ 1)
+            mbarrier.expect(ready.index(at), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+            _load(k_desc, [row * key_slots + first, 0], ready.index(at), k_tiles.index(at))
+            _load(v_desc, [row * D, first], ready.index(at), v_tiles.index(at))
+            here = following
+            n += 1
+        turn ^= 1
+
+
+@gluon.jit
+def _weigh(s, top, total, factor, size, spots, bias_ptr, MASKED: gl.constexpr, HAS_BIAS: gl.constexpr):
+    """448 times the probabilities of a tile, what earlier sums shrink by, new maxima of rows and sums of threads.
+
+    `s` are integer scores over OFFSET_BITS, `factor` what they stand for by row, in base 2.
+    """
+    s = s.to(gl.float32, bitcast=True)
+    if HAS_BIAS:
+        s = (s - OFFSET) * gl.expand_dims(factor, 1)
+        s = s + gl.expand_dims(gl.load(bias_ptr + spots), 0) * 1.4426950408889634
+    if MASKED:
+        if size < TILE:
+            s = gl.where(gl.expand_dims(spots, 0) < size, s, float("-inf"))
+    best = gl.convert_layout(gl.max(folded(s, True), 1), top.type.layout)
+    if not HAS_BIAS:
+        best = (best - OFFSET) * factor
+    higher = gl.maximum(top, best)
+    base = gl.where(higher == float("-inf"), 0.0, higher) if MASKED or HAS_BIAS else higher
+    shrink = gl.exp2(top - base)
+    # 8.807... is log2(448): probabilities fill the range of e4m3, and the factor cancels in the end.
+    lower = base - 8.807354922057604
+    if HAS_BIAS:
+        p = gl.exp2(s - gl.expand_dims(lower, 1))
+    else:
+        p = gl.exp2(s * gl.expand_dims(factor, 1) - gl.expand_dims(lower + OFFSET * factor, 1))
+    more = folded(p, False)
+    faded = total * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, more.type.layout)), 1)
+    return p, shrink, higher, faded + more
+
+
+@gluon.jit
+def _operand(p, layout: gl.constexpr):
+    """Probabilities as the left operand of a product over keys woven as `rounding` weaves them, without moving any."""
+    p = gl.permute(gl.reshape(p, [ROWS, TILE // 16, 2, 4, 2]), (0, 1, 3, 2, 4))
+    p = gl.convert_layout(gl.reshape(p, [ROWS, TILE]), layout, assert_trivial=True)
+    # Four at a time: the compiler's own conversion packs two, and takes three instructions to put pairs together.
+    return gl.inline_asm_elementwise(
+        "{ .reg .b16 lo, hi; cvt.rn.satfinite.e4m3x2.f32 lo, $2, $1; cvt.rn.satfinite.e4m3x2.f32 hi, $4, $3; "
+        "mov.b32 $0, {lo, hi}; }",
+        "=r,f,f,f,f",
+        [p],
+        dtype=gl.float8e4nv,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.jit
+def _compute(
+    out_ptr, lse_ptr, qs_ptr, ks_ptr, vs_ptr, shift_ptr, index_ptr, count_ptr, sizes_ptr, bias_ptr,
+    index_b, index_h, index_n, count_b, count_h, sizes_b, sizes_h, bias_b,
+    q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
+    work, blocks, heads, queries, keys, query_slots, key_slots,
+    group: gl.constexpr, C: gl.constexpr, D: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr,
+    DENSE: gl.constexpr, MASKED: gl.constexpr, HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
+    """A consumer: 64 queries of every block against its list."""
+    s_layout: gl.constexpr = _tensor_core(TILE)
+    o_layout: gl.constexpr = _tensor_core(D)
+    q_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 4)
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 4)
+    s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    blank = gl.full([ROWS, TILE], OFFSET_BITS, gl.int32, s_layout)
+    spots = gl.arange(0, TILE, layout=gl.SliceLayout(0, s_layout))
+    own = group * ROWS + gl.arange(0, ROWS, layout=s_rows)
+    n, turn = 0, 0
+    for task in range(gl.program_id(0), work, gl.num_programs(0)):
+        block, row = task % blocks, task // blocks
+        b, h, wide = row // heads, row % heads, row.to(gl.int64)
+        index = index_ptr + (b.to(gl.int64) * index_b + h * index_h + block * index_n)
+        sizes = sizes_ptr + (b.to(gl.int64) * sizes_b + h * sizes_h)
+        bias, scales = bias_ptr + b.to(gl.int64) * bias_b, ks_ptr + wide * (key_slots // C)
+        count = (keys + C - 1) // C if DENSE else gl.load(count_ptr + b * count_b + h * count_h + block)
+        tiles = count * (C // TILE)
+        top = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
+        total = folded(gl.full([ROWS, TILE], 0.0, gl.float32, s_layout), False)
+        acc = gl.full([ROWS, D], 0.0, gl.float32, o_layout)
+        q_scale = gl.load(qs_ptr + (wide * query_slots + block * C + own) // G)
+        mbarrier.wait(q_ready, turn)
+        q = q_tile.index(group).load(q_layout)
+        mbarrier.arrive(q_empty, count=1)
+        if tiles > 0:
+            a = n % STAGES
+            of_a = _listed(index, 0, tiles, C, DENSE)
+            factor = q_scale * gl.load(scales + of_a)
+            mbarrier.wait(ready.index(a), (n // STAGES) & 1)
+            scores = warpgroup_mma(q, k_tiles.index(a).permute((1, 0)), blank, is_async=True)
+            size = _real_keys(sizes, keys, of_a, 0, tiles, C, HAS_SIZES)
+            s = warpgroup_mma_wait(0, deps=(scores,))
+            p, shrink, top, total = _weigh(s, top, total, factor, size, spots, bias + of_a * C, MASKED, HAS_BIAS)
+            for j in range(1, (tiles + 1) // 2):
+                z, to = (n + 1) % STAGES, (n + 2) % STAGES
+                # Rounded here and not where they are made: the compiler takes bytes that cross an iteration apart.
+                weights = _operand(p, p_layout)
+                mbarrier.wait(ready.index(z), ((n + 1) // STAGES) & 1)
+                scores_b = warpgroup_mma(q, k_tiles.index(z).permute((1, 0)), blank, is_async=True)
+                acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
+                adding = warpgroup_mma(weights, v_tiles.index(a).permute((1, 0)), acc, is_async=True)
+                mbarrier.wait(ready.index(to), ((n + 2) // STAGES) & 1)
+                scores = warpgroup_mma(q, k_tiles.index(to).permute((1, 0)), blank, is_async=True)
+                of_b, of_a = _listed(index, 2 * j - 1, tiles, C, DENSE), _listed(index, 2 * j, tiles, C, DENSE)
+                factor_b, factor = q_scale * gl.load(scales + of_b), q_scale * gl.load(scales + of_a)
+                size_b = _real_keys(sizes, keys, of_b, 2 * j - 1, tiles, C, HAS_SIZES)
+                size = _real_keys(sizes, keys, of_a, 2 * j, tiles, C, HAS_SIZES)
+                s = warpgroup_mma_wait(2, deps=(scores_b,))
+                p, shrink, top, total = _weigh(
+                    s, top, total, factor_b, size_b, spots, bias + of_b * C + (C - TILE), MASKED, HAS_BIAS
+                )
+                weights = _operand(p, p_layout)
+                acc = warpgroup_mma_wait(1, deps=(adding,))
+                mbarrier.arrive(empty.index(a), count=1)
+                acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
+                adding = warpgroup_mma(weights, v_tiles.index(z).permute((1, 0)), acc, is_async=True)
+                s = warpgroup_mma_wait(1, deps=(scores,))
+                p, shrink, top, total = _weigh(
+                    s, top, total, factor, size, spots, bias + of_a * C, MASKED, HAS_BIAS
+                )
+                acc = warpgroup_mma_wait(0, deps=(adding,))
+                mbarrier.arrive(empty.index(z), count=1)
+                n += 2
+                a = to
+            weights = _operand(p, p_layout)
+            z = (n + 1) % STAGES
+            mbarrier.wait(ready.index(z), ((n + 1) // STAGES) & 1)
+            scores_b = warpgroup_mma(q, k_tiles.index(z).permute((1, 0)), blank, is_async=True)
+            acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
+            adding = warpgroup_mma(weights, v_tiles.index(a).permute((1, 0)), acc, is_async=True)
+            last = (tiles + 1) // 2 * 2 - 1
+            of_b = _listed(index, last, tiles, C, DENSE)
+            factor_b = q_scale * gl.load(scales + of_b)
+            size_b = _real_keys(sizes, keys, of_b, last, tiles, C, HAS_SIZES)
+            s = warpgroup_mma_wait(1, deps=(scores_b,))
+            # Where a block is one tile, the second one of the last pair may be none.
+            p, shrink, top, total = _weigh(
+                s, top, total, factor_b, size_b, spots, bias + of_b * C + (C - TILE), MASKED or C == TILE, HAS_BIAS
+            )
+            weights = _operand(p, p_layout)
+            acc = warpgroup_mma_wait(0, deps=(adding,))
+            mbarrier.arrive(empty.index(a), count=1)
+            acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
+            adding = warpgroup_mma(weights, v_tiles.index(z).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(adding,))
+            mbarrier.arrive(empty.index(z), count=1)
+            n += 2
+        turn ^= 1
+        total = gl.convert_layout(gl.sum(total, 1), s_rows)
+        seen = total > 0.0
+        whole = gl.where(seen, total, 1.0)
+        across = gl.arange(0, D, layout=gl.SliceLayout(0, o_layout))
+        acc = acc * gl.expand_dims(gl.convert_layout(1.0 / whole, o_rows), 1)
+        acc = acc * gl.expand_dims(gl.load(vs_ptr + wide * D + across), 0)
+        lse = (top + gl.log2(whole) - 8.807354922057604) * 0.6931471805599453
+        mine = block * C + own
+        lse = gl.where(seen, lse + gl.load(shift_ptr + wide * query_slots + mine), float("-inf"))
+        gl.store(lse_ptr + wide * queries + mine, lse, mask=mine < queries)
+        down = gl.expand_dims(block * C + group * ROWS + gl.arange(0, ROWS, layout=o_rows), 1)
+        place = wide * queries * D + down * D + gl.expand_dims(across, 0)
+        gl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=down < queries)
+
+
+@gluon.jit
+def _attend(
+    q_desc, k_desc, v_desc, out_ptr, lse_ptr, qs_ptr, ks_ptr, vs_ptr, shift_ptr,
+    index_ptr, count_ptr, sizes_ptr, bias_ptr,
+    index_b, index_h, index_n, count_b, count_h, sizes_b, sizes_h, bias_b,
+    work, blocks, heads, queries, keys, query_slots, key_slots,
+    C: gl.constexpr, D: gl.constexpr, G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    DENSE: gl.constexpr, MASKED: gl.constexpr, HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
+    q_tile = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, ROWS, D], q_desc.layout)
+    k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, TILE, D], k_desc.layout)
+    v_tiles = gl.allocate_shared_memory(v_desc.dtype, [STAGES, D, TILE], v_desc.layout)
+    q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_ready, count=1)
+    mbarrier.init(q_empty, count=GROUPS)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=GROUPS)
+    # Constants stay constants only in tuples that are written where they are passed.
+    # fmt: off
+    if GROUPS == 1:
+        gl.warp_specialize([
+            (_compute, (
+            out_ptr, lse_ptr, qs_ptr, ks_ptr, vs_ptr, shift_ptr, index_ptr, count_ptr, sizes_ptr, bias_ptr,
+            index_b, index_h, index_n, count_b, count_h, sizes_b, sizes_h, bias_b,
+            q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
+            work, blocks, heads, queries, keys, query_slots, key_slots,
+            0, C, D, G, STAGES, DENSE, MASKED, HAS_SIZES, HAS_BIAS,
+        )),
+            (_bring, (
+            q_desc, k_desc, v_desc, index_ptr, count_ptr, index_b, index_h, index_n, count_b, count_h,
+            q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
+            work, blocks, heads, query_slots, key_slots, keys, C, D, GROUPS, STAGES, DENSE,
+        )),
+        ], [1], [24])
+    else:
+        gl.warp_specialize([
+            (_compute, (
+            out_ptr, lse_ptr, qs_ptr, ks_ptr, vs_ptr, shift_ptr, index_ptr, count_ptr, sizes_ptr, bias_ptr,
+            index_b, index_h, index_n, count_b, count_h, sizes_b, sizes_h, bias_b,
+            q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
+            work, blocks, heads, queries, keys, query_slots, key_slots,
+            0, C, D, G, STAGES, DENSE, MASKED, HAS_SIZES, HAS_BIAS,
+        )),
+            (_compute, (
+            out_ptr, lse_ptr, qs_ptr, ks_ptr, vs_ptr, shift_ptr, index_ptr, count_ptr, sizes_ptr, bias_ptr,
+            index_b, index_h, index_n, count_b, count_h, sizes_b, sizes_h, bias_b,
+            q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
+            work, blocks, heads, queries, keys, query_slots, key_slots,
+            1, C, D, G, STAGES, DENSE, MASKED, HAS_SIZES, HAS_BIAS,
+        )),
+            (_bring, (
+            q_desc, k_desc, v_desc, index_ptr, count_ptr, index_b, index_h, index_n, count_b, count_h,
+            q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
+            work, blocks, heads, query_slots, key_slots, keys, C, D, GROUPS, STAGES, DENSE,
+        )),
+        ], [4, 1], [240, 24])
+    # fmt: on
+
+
+def stages(block: int, dim: int) -> int:
+    """Tiles of keys (and of values) in shared memory at a time."""
+    at_once = 2 if block == ROWS.value else 1  # programs of one group share a multiprocessor
+    return max(3, min(8, (SHARED // at_once - block * dim - 1024) // (2 * TILE.value * dim)))
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    routes: Routes | None,
+    scale: float,
+    bias: torch.Tensor | None,
+    qk: str,
+    pv: str,
+    block: int,
+    group: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `spec`; `qk` is int8 and `pv` fp8."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    sizes = None
+    if routes is not None and routes.sizes is not None:
+        sizes = routes.sizes.contiguous().expand(q.shape[0], q.shape[1], -1)
+    made = rounded(q, k, v, sizes, scale, block, group, True, True, woven=True)
+    return attend(q, made, routes, sizes, bias, k.shape[2], block, group)
+
+
+def attend(
+    q: torch.Tensor, r: Rounded, routes: Routes | None, sizes: torch.Tensor | None, bias: torch.Tensor | None,
+    keys: int, block: int, group: int, depth: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The attention kernel alone. `depth`, tiles in shared memory, is for measurements.
+
+    Args:
+        q: (B, H, SQ, D), for shape and dtype.
+        sizes: of `routes`, for every head.
+        keys: SK, before it was padded.
+    """
+    b, h, queries, d = q.shape
+    out = torch.empty((b, h, queries, d), dtype=q.dtype, device=q.device)
+    lse = torch.empty((b, h, queries), dtype=torch.float32, device=q.device)
+    query_slots, key_slots = r.q.shape[2], r.k.shape[2]
+    described = [
+        _described(r.q.view(-1, d), [ROWS.value, d], gl.int8),
+        _described(r.k.view(-1, d), [TILE.value, d], gl.int8),
+        _described(r.v.view(-1, key_slots), [d, TILE.value], gl.float8e4nv),
+    ]
+    # Where a tensor is not there, something stands in for a pointer that is never read.
+    index, count, of_lists = r.shift, r.shift, [0] * 5
+    if routes is not None:
+        index = routes.index.contiguous().expand(b, h, -1, -1)
+        count = routes.count.contiguous().expand(b, h, -1)
+        of_lists = [*index.stride()[:3], *count.stride()[:2]]
+    lengths, strides = (r.shift, [0, 0]) if sizes is None else (sizes, list(sizes.stride()[:2]))
+    added = r.shift if bias is None else _padded(bias.float(), key_slots)
+    blocks = query_slots // block
+    work = blocks * b * h
+    programs = min(work, multiprocessors(q.device) * (2 if block == ROWS.value else 1))
+    launch(
+        _attend, (programs,), *described, out, lse, r.q_scales, r.k_scales, r.v_scales, r.shift,
+        index, count, lengths, added, *of_lists, *strides, 0 if bias is None else added.stride(0),
+        work, blocks, h, queries, keys, query_slots, key_slots,
+        C=block, D=d, G=group, GROUPS=block // ROWS.value, STAGES=depth or stages(block, d), DENSE=routes is None,
+        MASKED=sizes is not None or keys % block != 0, HAS_SIZES=sizes is not None, HAS_BIAS=bias is not None,
+        num_warps=4, maxnreg=168 if block > ROWS.value else 128,
+    )  # fmt: skip
+    return out, lse
+
+
+def _padded(bias: torch.Tensor, slots: int) -> torch.Tensor:
+    """(B, SK) with zeros behind, to whole blocks: the kernel reads them all."""
+    return torch.nn.functional.pad(bias, (0, slots - bias.shape[1])).contiguous()
+
+
+def _described(x: torch.Tensor, tile: list[int], kind: Any) -> Any:
+    """A descriptor of a matrix in tiles."""
+    return TensorDescriptor.from_tensor(x, tile, gl.NVMMASharedLayout.get_default_for(tile, kind))
