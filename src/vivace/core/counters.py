@@ -34,6 +34,10 @@ class Cost:
         self.pairs += other.pairs * times
         self.pairs_dense += other.pairs_dense * times
 
+    def settle(self) -> None:
+        """Numbers that are still on their way (tensors of a device that computes them) become plain; waits for them."""
+        self.flops, self.pairs = float(self.flops), float(self.pairs)
+
     def per(self, rows: int) -> Cost:
         return Cost(self.flops / rows, self.flops_dense / rows, self.pairs / rows, self.pairs_dense / rows)
 
@@ -96,7 +100,9 @@ class Meter:
             yield
         finally:
             outside = self._frames[0]
+            outside.settle()
             cost.add(outside)
+            cost.settle()
             self.total.add(cost)
             if evaluation.entered:
                 self._outside.setdefault(
@@ -117,11 +123,12 @@ class Meter:
         finally:
             self._frames.pop()
         if key not in self._block_cost:
+            frame.settle()
             self._block_cost[key] = frame.per(rows)
-            self._block_varying[key] = [(pairs / rows, dim, again) for pairs, dim, again in self._varying]
+            self._block_varying[key] = [(float(pairs) / rows, dim, again) for pairs, dim, again in self._varying]
             # Variants differ in what they execute, never in what the dense model would.
             self._block_dense.setdefault(key[:2], self._block_cost[key])
-        elif not frame.flops and site in self.compiled:
+        elif site in self.compiled and not frame.flops:
             # The body ran compiled, with no counter inside: charge what its eager first call was counted at.
             frame.add(self._block_cost[key], rows)
             for pairs, dim, again in self._block_varying[key]:

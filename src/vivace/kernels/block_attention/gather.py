@@ -23,12 +23,14 @@ class Part:
     """Rows that attend together: n rows, each over m key slots.
 
     Attributes:
-        rows: (n,) among B * H * NQ.
+        n: rows.
+        rows: where they stand among B * H * NQ, (n,) or a slice: views in the place of copies.
         blocks: (n * lists,) among B * H * NK.
         bias: (n, m) float32 added to scores, -inf where a slot holds no key; None where nothing is added.
     """
 
-    rows: torch.Tensor
+    n: int
+    rows: torch.Tensor | slice
     blocks: torch.Tensor
     bias: torch.Tensor | None
 
@@ -43,23 +45,30 @@ def parts(routes: Routes, bias: torch.Tensor | None, b: int, h: int, key_blocks:
     if sizes is not None and bool((sizes == block).all()):
         sizes = None
     slots = torch.arange(block, device=index.device)
-    for length in torch.unique(count).tolist():
+    heads = torch.arange(b * h, device=index.device).repeat_interleave(nq)
+    # Once for all rows: on a CPU a small operation costs as much as the attention of a row.
+    among = index + heads[:, None] * key_blocks
+    lengths = torch.unique(count).tolist()
+    for length in lengths:
         if not length:
             continue
-        alike = (count == length).nonzero()[:, 0]
-        for rows in alike.split(max(1, at_once // (length * block))):
-            head = rows // nq
-            blocks = index[rows, :length] + head[:, None] * key_blocks
+        if len(lengths) == 1:
+            size = max(1, at_once // (length * block))
+            pieces = [slice(i, min(i + size, len(count))) for i in range(0, len(count), size)]
+        else:
+            pieces = (count == length).nonzero()[:, 0].split(max(1, at_once // (length * block)))
+        for rows in pieces:
+            blocks = among[rows, :length]
             added = None
             if bias is not None:
-                of_row = bias.view(b, key_blocks, block)[head // h]
+                of_row = bias.view(b, key_blocks, block)[heads[rows] // h]
                 added = torch.take_along_dim(of_row, index[rows, :length, None], 1).float()
             if sizes is not None:
                 here = sizes[blocks]
                 if bool((here < block).any()):
                     gone = torch.where(slots < here[..., None], 0.0, float("-inf"))
                     added = gone if added is None else added + gone
-            yield Part(rows, blocks.flatten(), None if added is None else added.flatten(1))
+            yield Part(len(blocks), rows, blocks.flatten(), None if added is None else added.flatten(1))
 
 
 def forward(
@@ -78,7 +87,7 @@ def forward(
     out = torch.zeros(qs.shape, dtype=q.dtype, device=q.device)
     lse = torch.full(qs.shape[:2], float("-inf"), device=q.device)
     for part in parts(routes, bias, b, h, key_blocks):
-        n = len(part.rows)
+        n = part.n
         qr, kr = qs[part.rows], ks.index_select(0, part.blocks).view(n, -1, d)
         vr = vs.index_select(0, part.blocks).view(n, -1, d)
         o, o_lse = _attend(qr, kr, vr, scale, part.bias)
@@ -133,7 +142,7 @@ def backward(
     delta = ((grad_out.float() * out.float()).sum(-1) - grad_lse.float()).reshape(-1, block)
     dq, dk, dv = torch.zeros_like(qs), torch.zeros_like(ks), torch.zeros_like(vs)
     for part in parts(routes, bias, b, h, key_blocks):
-        n = len(part.rows)
+        n = part.n
         qr, gr = qs[part.rows], gs[part.rows]
         kr, vr = (x.index_select(0, part.blocks).view(n, -1, d) for x in (ks, vs))
         scores = qr @ kr.transpose(-1, -2) * scale

@@ -1,14 +1,10 @@
 """Block attention for Hopper GPUs in Gluon: Triton's language below the tile level, still without a build step.
 
-Roles follow FlashAttention-3 (arXiv 2407.08608): one warp brings tiles of keys and values by the copy engine, a group
-of four warps for every 64 rows of queries computes, queries in registers. Tiles of 64 keys are taken in pairs, so that
-the tensor cores always have two products of a group to do while it turns scores into probabilities:
-
-    scores of b, values of a, scores of the next a are started
-        softmax of b                    values of b are started
-        softmax of the next a
-
-Programs stay and take one block of queries after another, so that tiles arrive while a result is written out.
+Roles follow FlashAttention-3 (arXiv 2407.08608): one warp brings blocks of keys and values by the copy engine, a group
+of four warps for every 64 rows of queries computes, queries in registers, the softmax of a block while the values of
+the last one are added up. Programs stay and take one block of queries after another, so that keys arrive while a
+result is written out. Blocks of 64 keys are taken in pairs (`_compute_pairs`): they alone are too little work for the
+tensor cores to go on while a group turns scores into probabilities.
 """
 
 # Gluon's decorators turn functions into things that a type checker cannot see through.
@@ -41,8 +37,6 @@ _load: Any = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 LOG2E = 1.4426950408889634
 ROWS = gl.constexpr(64)
 """Of queries that a group of four warps computes."""
-TILE = gl.constexpr(64)
-"""Keys that are taken at a time."""
 _KINDS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 SHARED = 227 * 1024
 """Bytes of shared memory that a program may have."""
@@ -55,17 +49,9 @@ def _tensor_core(columns):
 
 
 @gluon.jit
-def listed(index, tile, tiles, C: gl.constexpr):
-    """Block of a tile of a list; behind the last one that of the last."""
-    return gl.load(index + gl.minimum(tile, tiles - 1) // (C // TILE))
-
-
-@gluon.jit
-def real_keys(sizes, block, tile, tiles, C: gl.constexpr, HAS_SIZES: gl.constexpr):
-    """Real keys from a tile's first slot on to the end of its block, none behind the last tile."""
-    inside = (tile % (C // TILE)) * TILE
-    size = gl.load(sizes + block) - inside if HAS_SIZES else C - inside
-    return size if C > TILE else gl.where(tile < tiles, size, 0)
+def listed(index, entry, count):
+    """Block of an entry of a list; behind the last one that of the last."""
+    return gl.load(index + gl.minimum(entry, count - 1))
 
 
 @gluon.jit
@@ -73,32 +59,32 @@ def _bring(
     k_desc, v_desc, q_desc, index_ptr, count_ptr,
     q_b, q_h, q_c, k_b, k_h, k_c, v_b, v_h, v_c, index_b, index_h, index_n, count_b, count_h,
     q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty, work, blocks, heads,
-    C: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    C: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
-    """The producer: for every block of queries these, then the tiles of its list."""
+    """The producer: for every block of queries these, then the keys and values of its list."""
     n, turn = 0, 0
     for task in range(gl.program_id(0), work, gl.num_programs(0)):
         block, row = task % blocks, task // blocks
         b, h = row // heads, row % heads
         index = index_ptr + (b.to(gl.int64) * index_b + h * index_h + block * index_n)
-        tiles = gl.load(count_ptr + b * count_b + h * count_h + block) * (C // TILE)
+        count = gl.load(count_ptr + b * count_b + h * count_h + block)
         mbarrier.wait(q_empty, turn ^ 1)
         mbarrier.expect(q_ready, q_desc.block_type.nbytes * GROUPS)
         for group in gl.static_range(GROUPS):
-            _load(q_desc, [b * q_b + h * q_h + block * C + group * ROWS, h * q_c], q_ready, q_tile.index(group))
+            _load(
+                q_desc, [b * q_b + h * q_h + block * C + group * ROWS, h * q_c], q_ready, q_tile.index(group)
+            )
         k_row, v_row = b * k_b + h * k_h, b * v_b + h * v_h
         here = gl.load(index)
-        # Tiles come in pairs.
-        for t in range((tiles + 1) // 2 * 2):
+        for t in range((count + 1) // 2 * 2 if PAIRS else count):
             # A list's next entry is on its way while this one waits for room.
-            following = listed(index, t + 1, tiles, C)
-            first = here * C + (t % (C // TILE)) * TILE
+            following = listed(index, t + 1, count)
             at, phase = n % STAGES, (n // STAGES) & 1
             # The barriers of empty tiles begin in the phase before their first.
             mbarrier.wait(empty.index(at), phase ^ 1)
             mbarrier.expect(ready.index(at), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-            _load(k_desc, [k_row + first, h * k_c], ready.index(at), k_tiles.index(at))
-            _load(v_desc, [v_row + first, h * v_c], ready.index(at), v_tiles.index(at))
+            _load(k_desc, [k_row + here * C, h * k_c], ready.index(at), k_tiles.index(at))
+            _load(v_desc, [v_row + here * C, h * v_c], ready.index(at), v_tiles.index(at))
             here = following
             n += 1
         turn ^= 1
@@ -116,13 +102,14 @@ def folded(x, largest: gl.constexpr):
 
 @gluon.jit
 def _weigh(
-    s, top, total, scale, size, spots, bias_ptr, MASKED: gl.constexpr, HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
+    s, top, total, scale, size, spots, bias_ptr, C: gl.constexpr, MASKED: gl.constexpr, HAS_SIZES: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
-    """Probabilities of a tile, what earlier sums shrink by, the new maxima of rows and sums of threads, in base 2."""
+    """Probabilities of a block, what earlier sums shrink by, the new maxima of rows and sums of threads, in base 2."""
     if HAS_BIAS:
         s = s * scale + gl.expand_dims(gl.load(bias_ptr + spots), 0) * 1.4426950408889634
     if MASKED:
-        if size < TILE:
+        if size < C:
             s = gl.where(gl.expand_dims(spots, 0) < size, s, float("-inf"))
     best = gl.convert_layout(gl.max(folded(s, True), 1), top.type.layout)
     if not HAS_BIAS:
@@ -138,23 +125,166 @@ def _weigh(
 
 
 @gluon.jit
+def _attend_list(
+    q, index, sizes, bias, count, n, scale, k_tiles, v_tiles, ready, empty,
+    C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
+    """64 queries against a list, block after block: sums, maxima, sums of probabilities by thread, and blocks so far."""
+    dtype: gl.constexpr = k_tiles.dtype
+    s_layout: gl.constexpr = _tensor_core(C)
+    o_layout: gl.constexpr = _tensor_core(D)
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    blank = gl.full([ROWS, C], 0.0, gl.float32, s_layout)
+    spots = gl.arange(0, C, layout=gl.SliceLayout(0, s_layout))
+    top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
+    total = folded(blank, False)
+    acc = gl.full([ROWS, D], 0.0, gl.float32, o_layout)
+    if count > 0:
+        at, this, size = n % STAGES, 0, C
+        mbarrier.wait(ready.index(at), (n // STAGES) & 1)
+        scores = warpgroup_mma(q, k_tiles.index(at).permute((1, 0)), blank, use_acc=False, is_async=True)
+        if HAS_SIZES or HAS_BIAS:
+            this = gl.load(index)
+        if HAS_SIZES:
+            size = gl.load(sizes + this)
+        s = warpgroup_mma_wait(0, deps=(scores,))
+        p, shrink, top, total = _weigh(
+            s, top, total, scale, size, spots, bias + this * C, C, HAS_SIZES, HAS_SIZES, HAS_BIAS
+        )
+        weights = gl.convert_layout(p.to(dtype), p_layout)
+        for j in range(1, count):
+            to = (n + 1) % STAGES
+            mbarrier.wait(ready.index(to), ((n + 1) // STAGES) & 1)
+            scores = warpgroup_mma(q, k_tiles.index(to).permute((1, 0)), blank, use_acc=False, is_async=True)
+            acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
+            adding = warpgroup_mma(weights, v_tiles.index(at), acc, is_async=True)
+            if HAS_SIZES or HAS_BIAS:
+                this = gl.load(index + j)
+            if HAS_SIZES:
+                size = gl.load(sizes + this)
+            s = warpgroup_mma_wait(1, deps=(scores,))
+            p, shrink, top, total = _weigh(
+                s, top, total, scale, size, spots, bias + this * C, C, HAS_SIZES, HAS_SIZES, HAS_BIAS
+            )
+            acc = warpgroup_mma_wait(0, deps=(adding,))
+            mbarrier.arrive(empty.index(at), count=1)
+            weights = gl.convert_layout(p.to(dtype), p_layout)
+            n += 1
+            at = to
+        acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
+        adding = warpgroup_mma(weights, v_tiles.index(at), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(adding,))
+        mbarrier.arrive(empty.index(at), count=1)
+        n += 1
+    return acc, top, total, n
+
+
+@gluon.jit
+def _attend_pairs(
+    q, index, sizes, bias, count, n, scale, k_tiles, v_tiles, ready, empty,
+    C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
+    """As `_attend_list`, two blocks a and z at a time:
+
+    scores of z, values of a, scores of the next a are started
+    softmax of z; values of z are started
+    softmax of the next a
+    """
+    dtype: gl.constexpr = k_tiles.dtype
+    s_layout: gl.constexpr = _tensor_core(C)
+    o_layout: gl.constexpr = _tensor_core(D)
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    blank = gl.full([ROWS, C], 0.0, gl.float32, s_layout)
+    spots = gl.arange(0, C, layout=gl.SliceLayout(0, s_layout))
+    top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
+    total = folded(blank, False)
+    acc = gl.full([ROWS, D], 0.0, gl.float32, o_layout)
+    if count > 0:
+        a, of_a, of_z, size, size_z = n % STAGES, 0, 0, C, C
+        mbarrier.wait(ready.index(a), (n // STAGES) & 1)
+        scores = warpgroup_mma(q, k_tiles.index(a).permute((1, 0)), blank, use_acc=False, is_async=True)
+        if HAS_SIZES or HAS_BIAS:
+            of_a = gl.load(index)
+        if HAS_SIZES:
+            size = gl.load(sizes + of_a)
+        s = warpgroup_mma_wait(0, deps=(scores,))
+        p, shrink, top, total = _weigh(
+            s, top, total, scale, size, spots, bias + of_a * C, C, HAS_SIZES, HAS_SIZES, HAS_BIAS
+        )
+        pairs = (count + 1) // 2
+        for j in range(1, pairs):
+            z, to = (n + 1) % STAGES, (n + 2) % STAGES
+            weights = gl.convert_layout(p.to(dtype), p_layout)
+            mbarrier.wait(ready.index(z), ((n + 1) // STAGES) & 1)
+            scores_z = warpgroup_mma(q, k_tiles.index(z).permute((1, 0)), blank, use_acc=False, is_async=True)
+            acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
+            adding = warpgroup_mma(weights, v_tiles.index(a), acc, is_async=True)
+            mbarrier.wait(ready.index(to), ((n + 2) // STAGES) & 1)
+            scores = warpgroup_mma(q, k_tiles.index(to).permute((1, 0)), blank, use_acc=False, is_async=True)
+            if HAS_SIZES or HAS_BIAS:
+                of_a, of_z = gl.load(index + 2 * j), gl.load(index + 2 * j - 1)
+            if HAS_SIZES:
+                size, size_z = gl.load(sizes + of_a), gl.load(sizes + of_z)
+            s = warpgroup_mma_wait(2, deps=(scores_z,))
+            p, shrink, top, total = _weigh(
+                s, top, total, scale, size_z, spots, bias + of_z * C, C, HAS_SIZES, HAS_SIZES, HAS_BIAS
+            )
+            weights = gl.convert_layout(p.to(dtype), p_layout)
+            acc = warpgroup_mma_wait(1, deps=(adding,))
+            mbarrier.arrive(empty.index(a), count=1)
+            acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
+            adding = warpgroup_mma(weights, v_tiles.index(z), acc, is_async=True)
+            s = warpgroup_mma_wait(1, deps=(scores,))
+            p, shrink, top, total = _weigh(
+                s, top, total, scale, size, spots, bias + of_a * C, C, HAS_SIZES, HAS_SIZES, HAS_BIAS
+            )
+            acc = warpgroup_mma_wait(0, deps=(adding,))
+            mbarrier.arrive(empty.index(z), count=1)
+            n += 2
+            a = to
+        z = (n + 1) % STAGES
+        weights = gl.convert_layout(p.to(dtype), p_layout)
+        mbarrier.wait(ready.index(z), ((n + 1) // STAGES) & 1)
+        scores_z = warpgroup_mma(q, k_tiles.index(z).permute((1, 0)), blank, use_acc=False, is_async=True)
+        acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
+        adding = warpgroup_mma(weights, v_tiles.index(a), acc, is_async=True)
+        if HAS_SIZES or HAS_BIAS:
+            of_z = listed(index, 2 * pairs - 1, count)
+        if HAS_SIZES:
+            size_z = gl.load(sizes + of_z)
+        # The second block of the last pair may be none.
+        size_z = gl.where(2 * pairs > count, 0, size_z)
+        s = warpgroup_mma_wait(1, deps=(scores_z,))
+        p, shrink, top, total = _weigh(
+            s, top, total, scale, size_z, spots, bias + of_z * C, C, True, HAS_SIZES, HAS_BIAS
+        )
+        weights = gl.convert_layout(p.to(dtype), p_layout)
+        acc = warpgroup_mma_wait(0, deps=(adding,))
+        mbarrier.arrive(empty.index(a), count=1)
+        acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
+        adding = warpgroup_mma(weights, v_tiles.index(z), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(adding,))
+        mbarrier.arrive(empty.index(z), count=1)
+        n += 2
+    return acc, top, total, n
+
+
+@gluon.jit
 def _compute(
     out_ptr, lse_ptr, index_ptr, count_ptr, sizes_ptr, bias_ptr,
     index_b, index_h, index_n, count_b, count_h, sizes_b, sizes_h, bias_b, queries, scale,
     q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty, work, blocks, heads,
-    group: gl.constexpr, C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    group: gl.constexpr, C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PAIRS: gl.constexpr,
     HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 queries of every block against its list."""
-    dtype: gl.constexpr = k_tiles.dtype
-    s_layout: gl.constexpr = _tensor_core(TILE)
+    s_layout: gl.constexpr = _tensor_core(C)
     o_layout: gl.constexpr = _tensor_core(D)
     q_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    blank = gl.full([ROWS, TILE], 0.0, gl.float32, s_layout)
-    spots = gl.arange(0, TILE, layout=gl.SliceLayout(0, s_layout))
     n, turn = 0, 0
     for task in range(gl.program_id(0), work, gl.num_programs(0)):
         block, row = task % blocks, task // blocks
@@ -162,82 +292,49 @@ def _compute(
         index = index_ptr + (b.to(gl.int64) * index_b + h * index_h + block * index_n)
         sizes = sizes_ptr + (b.to(gl.int64) * sizes_b + h * sizes_h)
         bias = bias_ptr + b.to(gl.int64) * bias_b
-        tiles = gl.load(count_ptr + b * count_b + h * count_h + block) * (C // TILE)
-        top = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
-        total = folded(blank, False)
-        acc = gl.full([ROWS, D], 0.0, gl.float32, o_layout)
+        count = gl.load(count_ptr + b * count_b + h * count_h + block)
         mbarrier.wait(q_ready, turn)
         q = q_tile.index(group).load(q_layout)
         mbarrier.arrive(q_empty, count=1)
-        if tiles > 0:
-            a, of_a, of_b = n % STAGES, 0, 0
-            mbarrier.wait(ready.index(a), (n // STAGES) & 1)
-            scores = warpgroup_mma(q, k_tiles.index(a).permute((1, 0)), blank, use_acc=False, is_async=True)
-            if HAS_SIZES or HAS_BIAS:
-                of_a = gl.load(index)
-            size = real_keys(sizes, of_a, 0, tiles, C, HAS_SIZES)
-            s = warpgroup_mma_wait(0, deps=(scores,))
-            p, shrink, top, total = _weigh(
-                s, top, total, scale, size, spots, bias + of_a * C, HAS_SIZES, HAS_SIZES, HAS_BIAS
-            )
-            for j in range(1, (tiles + 1) // 2):
-                z, to = (n + 1) % STAGES, (n + 2) % STAGES
-                weights = gl.convert_layout(p.to(dtype), p_layout)
-                mbarrier.wait(ready.index(z), ((n + 1) // STAGES) & 1)
-                scores_b = warpgroup_mma(
-                    q, k_tiles.index(z).permute((1, 0)), blank, use_acc=False, is_async=True
-                )
-                acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
-                adding = warpgroup_mma(weights, v_tiles.index(a), acc, is_async=True)
-                mbarrier.wait(ready.index(to), ((n + 2) // STAGES) & 1)
-                scores = warpgroup_mma(q, k_tiles.index(to).permute((1, 0)), blank, use_acc=False, is_async=True)
-                if HAS_SIZES or HAS_BIAS:
-                    of_a, of_b = listed(index, 2 * j, tiles, C), listed(index, 2 * j - 1, tiles, C)
-                size_b = real_keys(sizes, of_b, 2 * j - 1, tiles, C, HAS_SIZES)
-                size = real_keys(sizes, of_a, 2 * j, tiles, C, HAS_SIZES)
-                s = warpgroup_mma_wait(2, deps=(scores_b,))
-                p, shrink, top, total = _weigh(
-                    s, top, total, scale, size_b, spots, bias + of_b * C + (C - TILE), HAS_SIZES, HAS_SIZES, HAS_BIAS
-                )
-                weights = gl.convert_layout(p.to(dtype), p_layout)
-                acc = warpgroup_mma_wait(1, deps=(adding,))
-                mbarrier.arrive(empty.index(a), count=1)
-                acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
-                adding = warpgroup_mma(weights, v_tiles.index(z), acc, is_async=True)
-                s = warpgroup_mma_wait(1, deps=(scores,))
-                p, shrink, top, total = _weigh(
-                    s, top, total, scale, size, spots, bias + of_a * C, HAS_SIZES, HAS_SIZES, HAS_BIAS
-                )
-                acc = warpgroup_mma_wait(0, deps=(adding,))
-                mbarrier.arrive(empty.index(z), count=1)
-                n += 2
-                a = to
-            weights = gl.convert_layout(p.to(dtype), p_layout)
-            z = (n + 1) % STAGES
-            mbarrier.wait(ready.index(z), ((n + 1) // STAGES) & 1)
-            scores_b = warpgroup_mma(
-                q, k_tiles.index(z).permute((1, 0)), blank, use_acc=False, is_async=True
-            )
-            acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
-            adding = warpgroup_mma(weights, v_tiles.index(a), acc, is_async=True)
-            last = (tiles + 1) // 2 * 2 - 1
-            if HAS_SIZES or HAS_BIAS:
-                of_b = listed(index, last, tiles, C)
-            size_b = real_keys(sizes, of_b, last, tiles, C, HAS_SIZES)
-            s = warpgroup_mma_wait(1, deps=(scores_b,))
-            # Where a block is one tile, the second one of the last pair may be none.
-            p, shrink, top, total = _weigh(
-                s, top, total, scale, size_b, spots, bias + of_b * C + (C - TILE), HAS_SIZES or C == TILE, HAS_SIZES, HAS_BIAS
-            )
-            weights = gl.convert_layout(p.to(dtype), p_layout)
-            acc = warpgroup_mma_wait(0, deps=(adding,))
-            mbarrier.arrive(empty.index(a), count=1)
-            acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
-            adding = warpgroup_mma(weights, v_tiles.index(z), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(adding,))
-            mbarrier.arrive(empty.index(z), count=1)
-            n += 2
         turn ^= 1
+        if PAIRS:
+            acc, top, total, n = _attend_pairs(
+                q,
+                index,
+                sizes,
+                bias,
+                count,
+                n,
+                scale,
+                k_tiles,
+                v_tiles,
+                ready,
+                empty,
+                C,
+                D,
+                STAGES,
+                HAS_SIZES,
+                HAS_BIAS,
+            )
+        else:
+            acc, top, total, n = _attend_list(
+                q,
+                index,
+                sizes,
+                bias,
+                count,
+                n,
+                scale,
+                k_tiles,
+                v_tiles,
+                ready,
+                empty,
+                C,
+                D,
+                STAGES,
+                HAS_SIZES,
+                HAS_BIAS,
+            )
         total = gl.convert_layout(gl.sum(total, 1), s_rows)
         seen = total > 0.0
         whole = gl.where(seen, total, 1.0)
@@ -255,12 +352,12 @@ def _forward(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, index_ptr, count_ptr, sizes_ptr, bias_ptr,
     q_b, q_h, q_c, k_b, k_h, k_c, v_b, v_h, v_c, index_b, index_h, index_n, count_b, count_h, sizes_b, sizes_h,
     bias_b, work, blocks, heads, queries, scale,
-    C: gl.constexpr, D: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    C: gl.constexpr, D: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, PAIRS: gl.constexpr,
     HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     q_tile = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, ROWS, D], q_desc.layout)
-    k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, TILE, D], k_desc.layout)
-    v_tiles = gl.allocate_shared_memory(v_desc.dtype, [STAGES, TILE, D], v_desc.layout)
+    k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, C, D], k_desc.layout)
+    v_tiles = gl.allocate_shared_memory(v_desc.dtype, [STAGES, C, D], v_desc.layout)
     q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -277,12 +374,12 @@ def _forward(
             (_compute, (
             out_ptr, lse_ptr, index_ptr, count_ptr, sizes_ptr, bias_ptr, index_b, index_h, index_n, count_b, count_h,
             sizes_b, sizes_h, bias_b, queries, scale, q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
-            work, blocks, heads, 0, C, D, STAGES, HAS_SIZES, HAS_BIAS,
+            work, blocks, heads, 0, C, D, STAGES, PAIRS, HAS_SIZES, HAS_BIAS,
         )),
             (_bring, (
             k_desc, v_desc, q_desc, index_ptr, count_ptr, q_b, q_h, q_c, k_b, k_h, k_c, v_b, v_h, v_c,
             index_b, index_h, index_n, count_b, count_h, q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
-            work, blocks, heads, C, GROUPS, STAGES,
+            work, blocks, heads, C, GROUPS, STAGES, PAIRS,
         )),
         ], [1], [24])
     else:
@@ -290,26 +387,26 @@ def _forward(
             (_compute, (
             out_ptr, lse_ptr, index_ptr, count_ptr, sizes_ptr, bias_ptr, index_b, index_h, index_n, count_b, count_h,
             sizes_b, sizes_h, bias_b, queries, scale, q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
-            work, blocks, heads, 0, C, D, STAGES, HAS_SIZES, HAS_BIAS,
+            work, blocks, heads, 0, C, D, STAGES, PAIRS, HAS_SIZES, HAS_BIAS,
         )),
             (_compute, (
             out_ptr, lse_ptr, index_ptr, count_ptr, sizes_ptr, bias_ptr, index_b, index_h, index_n, count_b, count_h,
             sizes_b, sizes_h, bias_b, queries, scale, q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
-            work, blocks, heads, 1, C, D, STAGES, HAS_SIZES, HAS_BIAS,
+            work, blocks, heads, 1, C, D, STAGES, PAIRS, HAS_SIZES, HAS_BIAS,
         )),
             (_bring, (
             k_desc, v_desc, q_desc, index_ptr, count_ptr, q_b, q_h, q_c, k_b, k_h, k_c, v_b, v_h, v_c,
             index_b, index_h, index_n, count_b, count_h, q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
-            work, blocks, heads, C, GROUPS, STAGES,
+            work, blocks, heads, C, GROUPS, STAGES, PAIRS,
         )),
         ], [4, 1], [240, 24])
     # fmt: on
 
 
 def stages(block: int, dim: int) -> int:
-    """Tiles of keys (and of values) in shared memory at a time; three are in use together."""
+    """Blocks of keys (and of values) in shared memory at a time."""
     at_once = 2 if block == ROWS.value else 1  # programs of one group share a multiprocessor
-    return max(3, min(6, (SHARED // at_once - 2 * block * dim - 1024) // (4 * TILE.value * dim)))
+    return max(2, min(6, (SHARED // at_once - 2 * block * dim - 1024) // (4 * block * dim)))
 
 
 def forward(
@@ -320,8 +417,9 @@ def forward(
     scale: float,
     bias: torch.Tensor | None = None,
     depth: int = 0,
+    pairs: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `spec`. `depth`, tiles in shared memory, is for measurements.
+    """See `spec`. `depth` (blocks in shared memory, three at least for pairs) and `pairs` are for measurements.
 
     Raises:
         ValueError: not a 16-bit type.
@@ -334,7 +432,7 @@ def forward(
     block = routes.block
     out = torch.empty((b, h, s, d), dtype=q.dtype, device=q.device)
     lse = torch.empty((b, h, s), dtype=torch.float32, device=q.device)
-    described = [_described(x, r) for x, r in ((q, ROWS.value), (k, TILE.value), (v, TILE.value))]
+    described = [_described(x, r) for x, r in ((q, ROWS.value), (k, block), (v, block))]
     lists, strides = lists_of(routes, bias, b, h)
     work = s // block * b * h
     programs = min(work, multiprocessors(q.device) * (2 if block == ROWS.value else 1))
@@ -342,6 +440,7 @@ def forward(
         _forward, (programs,), *(x for x, _ in described), out, lse, *lists,
         *(n for _, steps in described for n in steps), *strides, work, s // block, h, s, scale * LOG2E,
         C=block, D=d, GROUPS=block // ROWS.value, STAGES=depth or stages(block, d),
+        PAIRS=block == ROWS.value if pairs is None else pairs,
         HAS_SIZES=routes.sizes is not None, HAS_BIAS=bias is not None,
         num_warps=4, maxnreg=168 if block > ROWS.value else 128,
     )  # fmt: skip

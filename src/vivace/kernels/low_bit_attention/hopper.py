@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from vivace.kernels.block_attention.hopper import ROWS, SHARED, TILE, folded, multiprocessors
+from vivace.kernels.block_attention.hopper import ROWS, SHARED, folded, multiprocessors
 from vivace.kernels.block_attention.spec import Routes
 from vivace.kernels.launch import launch
 from vivace.kernels.low_bit_attention.rounding import Rounded, rounded
@@ -43,58 +43,51 @@ def _tensor_core(columns):
 
 
 @gluon.jit
-def _listed(index, tile, tiles, C: gl.constexpr, DENSE: gl.constexpr):
-    """Block of a tile of a list; behind the last one that of the last."""
-    entry = gl.minimum(tile, tiles - 1) // (C // TILE)
-    return entry if DENSE else gl.load(index + entry)
-
-
-@gluon.jit
-def _real_keys(sizes, keys, block, tile, tiles, C: gl.constexpr, HAS_SIZES: gl.constexpr):
-    """Real keys from a tile's first slot on, none behind the last tile."""
-    inside = (tile % (C // TILE)) * TILE
-    size = gl.load(sizes + block) - inside if HAS_SIZES else keys - block * C - inside
-    return size if C > TILE else gl.where(tile < tiles, size, 0)
-
-
-@gluon.jit
 def _bring(
     q_desc, k_desc, v_desc, index_ptr, count_ptr, index_b, index_h, index_n, count_b, count_h,
     q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty, work, blocks, heads, query_slots, key_slots, keys,
     C: gl.constexpr, D: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
 ):  # fmt: skip
-    """The producer: for every block of queries these, then the tiles of its list."""
+    """The producer: for every block of queries these, then the keys and values of its list."""
     n, turn = 0, 0
     for task in range(gl.program_id(0), work, gl.num_programs(0)):
         block, row = task % blocks, task // blocks
         b, h = row // heads, row % heads
         index = index_ptr + (b.to(gl.int64) * index_b + h * index_h + block * index_n)
         count = (keys + C - 1) // C if DENSE else gl.load(count_ptr + b * count_b + h * count_h + block)
-        tiles = count * (C // TILE)
         mbarrier.wait(q_empty, turn ^ 1)
         mbarrier.expect(q_ready, q_desc.block_type.nbytes * GROUPS)
         for group in gl.static_range(GROUPS):
             _load(q_desc, [row * query_slots + block * C + group * ROWS, 0], q_ready, q_tile.index(group))
         here = 0 if DENSE else gl.load(index)
-        # Tiles come in pairs.
-        for t in range((tiles + 1) // 2 * 2):
+        for t in range(count):
             # A list's next entry is on its way while this one waits for room.
-            following = _listed(index, t + 1, tiles, C, DENSE)
-            first = here * C + (t % (C // TILE)) * TILE
+            following = t + 1 if DENSE else gl.load(index + gl.minimum(t + 1, count - 1))
             at, phase = n % STAGES, (n // STAGES) & 1
-            # The barriers of empty tiles begin in the phase before their first.
+            # The barriers of empty blocks begin in the phase before their first.
             mbarrier.wait(empty.index(at), phase ^ 1)
             mbarrier.expect(ready.index(at), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-            _load(k_desc, [row * key_slots + first, 0], ready.index(at), k_tiles.index(at))
-            _load(v_desc, [row * D, first], ready.index(at), v_tiles.index(at))
+            _load(k_desc, [row * key_slots + here * C, 0], ready.index(at), k_tiles.index(at))
+            _load(v_desc, [row * D, here * C], ready.index(at), v_tiles.index(at))
             here = following
             n += 1
         turn ^= 1
 
 
 @gluon.jit
-def _weigh(s, top, total, factor, size, spots, bias_ptr, MASKED: gl.constexpr, HAS_BIAS: gl.constexpr):
-    """448 times the probabilities of a tile, what earlier sums shrink by, new maxima of rows and sums of threads.
+def _weigh(
+    s,
+    top,
+    total,
+    factor,
+    size,
+    spots,
+    bias_ptr,
+    C: gl.constexpr,
+    MASKED: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+):
+    """448 times the probabilities of a block, what earlier sums shrink by, new maxima of rows and sums of threads.
 
     `s` are integer scores over OFFSET_BITS, `factor` what they stand for by row, in base 2.
     """
@@ -103,7 +96,7 @@ def _weigh(s, top, total, factor, size, spots, bias_ptr, MASKED: gl.constexpr, H
         s = (s - OFFSET) * gl.expand_dims(factor, 1)
         s = s + gl.expand_dims(gl.load(bias_ptr + spots), 0) * 1.4426950408889634
     if MASKED:
-        if size < TILE:
+        if size < C:
             s = gl.where(gl.expand_dims(spots, 0) < size, s, float("-inf"))
     best = gl.convert_layout(gl.max(folded(s, True), 1), top.type.layout)
     if not HAS_BIAS:
@@ -123,10 +116,10 @@ def _weigh(s, top, total, factor, size, spots, bias_ptr, MASKED: gl.constexpr, H
 
 
 @gluon.jit
-def _operand(p, layout: gl.constexpr):
+def _operand(p, layout: gl.constexpr, C: gl.constexpr):
     """Probabilities as the left operand of a product over keys woven as `rounding` weaves them, without moving any."""
-    p = gl.permute(gl.reshape(p, [ROWS, TILE // 16, 2, 4, 2]), (0, 1, 3, 2, 4))
-    p = gl.convert_layout(gl.reshape(p, [ROWS, TILE]), layout, assert_trivial=True)
+    p = gl.permute(gl.reshape(p, [ROWS, C // 16, 2, 4, 2]), (0, 1, 3, 2, 4))
+    p = gl.convert_layout(gl.reshape(p, [ROWS, C]), layout, assert_trivial=True)
     # Four at a time: the compiler's own conversion packs two, and takes three instructions to put pairs together.
     return gl.inline_asm_elementwise(
         "{ .reg .b16 lo, hi; cvt.rn.satfinite.e4m3x2.f32 lo, $2, $1; cvt.rn.satfinite.e4m3x2.f32 hi, $4, $3; "
@@ -149,14 +142,14 @@ def _compute(
     DENSE: gl.constexpr, MASKED: gl.constexpr, HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 queries of every block against its list."""
-    s_layout: gl.constexpr = _tensor_core(TILE)
+    s_layout: gl.constexpr = _tensor_core(C)
     o_layout: gl.constexpr = _tensor_core(D)
     q_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 4)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 4)
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    blank = gl.full([ROWS, TILE], OFFSET_BITS, gl.int32, s_layout)
-    spots = gl.arange(0, TILE, layout=gl.SliceLayout(0, s_layout))
+    blank = gl.full([ROWS, C], OFFSET_BITS, gl.int32, s_layout)
+    spots = gl.arange(0, C, layout=gl.SliceLayout(0, s_layout))
     own = group * ROWS + gl.arange(0, ROWS, layout=s_rows)
     n, turn = 0, 0
     for task in range(gl.program_id(0), work, gl.num_programs(0)):
@@ -166,77 +159,49 @@ def _compute(
         sizes = sizes_ptr + (b.to(gl.int64) * sizes_b + h * sizes_h)
         bias, scales = bias_ptr + b.to(gl.int64) * bias_b, ks_ptr + wide * (key_slots // C)
         count = (keys + C - 1) // C if DENSE else gl.load(count_ptr + b * count_b + h * count_h + block)
-        tiles = count * (C // TILE)
         top = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
-        total = folded(gl.full([ROWS, TILE], 0.0, gl.float32, s_layout), False)
+        total = folded(gl.full([ROWS, C], 0.0, gl.float32, s_layout), False)
         acc = gl.full([ROWS, D], 0.0, gl.float32, o_layout)
         q_scale = gl.load(qs_ptr + (wide * query_slots + block * C + own) // G)
         mbarrier.wait(q_ready, turn)
         q = q_tile.index(group).load(q_layout)
         mbarrier.arrive(q_empty, count=1)
-        if tiles > 0:
-            a = n % STAGES
-            of_a = _listed(index, 0, tiles, C, DENSE)
-            factor = q_scale * gl.load(scales + of_a)
-            mbarrier.wait(ready.index(a), (n // STAGES) & 1)
-            scores = warpgroup_mma(q, k_tiles.index(a).permute((1, 0)), blank, is_async=True)
-            size = _real_keys(sizes, keys, of_a, 0, tiles, C, HAS_SIZES)
+        if count > 0:
+            at = n % STAGES
+            this = 0 if DENSE else gl.load(index)
+            factor = q_scale * gl.load(scales + this)
+            size = gl.load(sizes + this) if HAS_SIZES else keys - this * C
+            mbarrier.wait(ready.index(at), (n // STAGES) & 1)
+            scores = warpgroup_mma(q, k_tiles.index(at).permute((1, 0)), blank, is_async=True)
             s = warpgroup_mma_wait(0, deps=(scores,))
-            p, shrink, top, total = _weigh(s, top, total, factor, size, spots, bias + of_a * C, MASKED, HAS_BIAS)
-            for j in range(1, (tiles + 1) // 2):
-                z, to = (n + 1) % STAGES, (n + 2) % STAGES
+            p, shrink, top, total = _weigh(
+                s, top, total, factor, size, spots, bias + this * C, C, MASKED, HAS_BIAS
+            )
+            for j in range(1, count):
+                to = (n + 1) % STAGES
                 # Rounded here and not where they are made: the compiler takes bytes that cross an iteration apart.
-                weights = _operand(p, p_layout)
-                mbarrier.wait(ready.index(z), ((n + 1) // STAGES) & 1)
-                scores_b = warpgroup_mma(q, k_tiles.index(z).permute((1, 0)), blank, is_async=True)
-                acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
-                adding = warpgroup_mma(weights, v_tiles.index(a).permute((1, 0)), acc, is_async=True)
-                mbarrier.wait(ready.index(to), ((n + 2) // STAGES) & 1)
+                weights = _operand(p, p_layout, C)
+                mbarrier.wait(ready.index(to), ((n + 1) // STAGES) & 1)
                 scores = warpgroup_mma(q, k_tiles.index(to).permute((1, 0)), blank, is_async=True)
-                of_b, of_a = _listed(index, 2 * j - 1, tiles, C, DENSE), _listed(index, 2 * j, tiles, C, DENSE)
-                factor_b, factor = q_scale * gl.load(scales + of_b), q_scale * gl.load(scales + of_a)
-                size_b = _real_keys(sizes, keys, of_b, 2 * j - 1, tiles, C, HAS_SIZES)
-                size = _real_keys(sizes, keys, of_a, 2 * j, tiles, C, HAS_SIZES)
-                s = warpgroup_mma_wait(2, deps=(scores_b,))
-                p, shrink, top, total = _weigh(
-                    s, top, total, factor_b, size_b, spots, bias + of_b * C + (C - TILE), MASKED, HAS_BIAS
-                )
-                weights = _operand(p, p_layout)
-                acc = warpgroup_mma_wait(1, deps=(adding,))
-                mbarrier.arrive(empty.index(a), count=1)
                 acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
-                adding = warpgroup_mma(weights, v_tiles.index(z).permute((1, 0)), acc, is_async=True)
+                adding = warpgroup_mma(weights, v_tiles.index(at).permute((1, 0)), acc, is_async=True)
+                this = j if DENSE else gl.load(index + j)
+                factor = q_scale * gl.load(scales + this)
+                size = gl.load(sizes + this) if HAS_SIZES else keys - this * C
                 s = warpgroup_mma_wait(1, deps=(scores,))
                 p, shrink, top, total = _weigh(
-                    s, top, total, factor, size, spots, bias + of_a * C, MASKED, HAS_BIAS
+                    s, top, total, factor, size, spots, bias + this * C, C, MASKED, HAS_BIAS
                 )
                 acc = warpgroup_mma_wait(0, deps=(adding,))
-                mbarrier.arrive(empty.index(z), count=1)
-                n += 2
-                a = to
-            weights = _operand(p, p_layout)
-            z = (n + 1) % STAGES
-            mbarrier.wait(ready.index(z), ((n + 1) // STAGES) & 1)
-            scores_b = warpgroup_mma(q, k_tiles.index(z).permute((1, 0)), blank, is_async=True)
+                mbarrier.arrive(empty.index(at), count=1)
+                n += 1
+                at = to
+            weights = _operand(p, p_layout, C)
             acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
-            adding = warpgroup_mma(weights, v_tiles.index(a).permute((1, 0)), acc, is_async=True)
-            last = (tiles + 1) // 2 * 2 - 1
-            of_b = _listed(index, last, tiles, C, DENSE)
-            factor_b = q_scale * gl.load(scales + of_b)
-            size_b = _real_keys(sizes, keys, of_b, last, tiles, C, HAS_SIZES)
-            s = warpgroup_mma_wait(1, deps=(scores_b,))
-            # Where a block is one tile, the second one of the last pair may be none.
-            p, shrink, top, total = _weigh(
-                s, top, total, factor_b, size_b, spots, bias + of_b * C + (C - TILE), MASKED or C == TILE, HAS_BIAS
-            )
-            weights = _operand(p, p_layout)
+            adding = warpgroup_mma(weights, v_tiles.index(at).permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(adding,))
-            mbarrier.arrive(empty.index(a), count=1)
-            acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
-            adding = warpgroup_mma(weights, v_tiles.index(z).permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(adding,))
-            mbarrier.arrive(empty.index(z), count=1)
-            n += 2
+            mbarrier.arrive(empty.index(at), count=1)
+            n += 1
         turn ^= 1
         total = gl.convert_layout(gl.sum(total, 1), s_rows)
         seen = total > 0.0
@@ -263,8 +228,8 @@ def _attend(
     DENSE: gl.constexpr, MASKED: gl.constexpr, HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     q_tile = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, ROWS, D], q_desc.layout)
-    k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, TILE, D], k_desc.layout)
-    v_tiles = gl.allocate_shared_memory(v_desc.dtype, [STAGES, D, TILE], v_desc.layout)
+    k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, C, D], k_desc.layout)
+    v_tiles = gl.allocate_shared_memory(v_desc.dtype, [STAGES, D, C], v_desc.layout)
     q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -317,9 +282,9 @@ def _attend(
 
 
 def stages(block: int, dim: int) -> int:
-    """Tiles of keys (and of values) in shared memory at a time."""
+    """Blocks of keys (and of values) in shared memory at a time."""
     at_once = 2 if block == ROWS.value else 1  # programs of one group share a multiprocessor
-    return max(3, min(8, (SHARED // at_once - block * dim - 1024) // (2 * TILE.value * dim)))
+    return max(2, min(5, (SHARED // at_once - block * dim - 1024) // (2 * block * dim)))
 
 
 def forward(
@@ -347,7 +312,7 @@ def attend(
     q: torch.Tensor, r: Rounded, routes: Routes | None, sizes: torch.Tensor | None, bias: torch.Tensor | None,
     keys: int, block: int, group: int, depth: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The attention kernel alone. `depth`, tiles in shared memory, is for measurements.
+    """The attention kernel alone. `depth`, blocks in shared memory, is for measurements.
 
     Args:
         q: (B, H, SQ, D), for shape and dtype.
@@ -360,8 +325,8 @@ def attend(
     query_slots, key_slots = r.q.shape[2], r.k.shape[2]
     described = [
         _described(r.q.view(-1, d), [ROWS.value, d], gl.int8),
-        _described(r.k.view(-1, d), [TILE.value, d], gl.int8),
-        _described(r.v.view(-1, key_slots), [d, TILE.value], gl.float8e4nv),
+        _described(r.k.view(-1, d), [block, d], gl.int8),
+        _described(r.v.view(-1, key_slots), [d, block], gl.float8e4nv),
     ]
     # Where a tensor is not there, something stands in for a pointer that is never read.
     index, count, of_lists = r.shift, r.shift, [0] * 5

@@ -135,7 +135,11 @@ def _refuse_hopper(context: Mapping[str, Any]) -> str | None:
     if reason := refuse_block_hopper(context):
         return reason
     modes = context.get("qk", "int8"), context.get("pv", "fp8")
-    return None if modes == ("int8", "fp8") else f"it is for int8 scores and fp8 values, not {' and '.join(modes)}"
+    return (
+        None
+        if modes == ("int8", "fp8")
+        else f"it is for int8 scores and fp8 values, not {' and '.join(modes)}"
+    )
 
 
 register(OP, Candidate("hopper", _refuse_hopper, _load("hopper")))

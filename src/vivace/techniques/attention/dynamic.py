@@ -194,7 +194,7 @@ class SparseSite:
         self.beside = view.beside
         return layout.restore(out)
 
-    def pairs(self, batch: int, heads: int, queries: int, keys: int) -> float:
+    def pairs(self, batch: int, heads: int, queries: int, keys: int) -> float | torch.Tensor:
         """Query-key pairs that the last call visited, padding left out."""
         layout = self.layout
         if layout is None or self.last is None or queries != layout.tokens or keys != layout.tokens:
