@@ -133,17 +133,22 @@ def fitting(
 
 
 def ours(setup: Setup, mask: Mask, skipped: dict[str, str]) -> Iterator[Contender]:
-    """Kernels of `block_attention`, and of `low_bit_attention` over the same lists."""
-    context = setup.context(block=mask.block)
-    for op, prefix, limit in (("block_attention", "", 2e-2), ("low_bit_attention", "8-bit ", ROUNDS)):
-        for candidate in fitting(op, context, skipped, prefix=prefix):
+    """Kernels of `block_attention`, and of `low_bit_attention` over the same lists, its rounding timed with it."""
+    for op, prefix, modes, limit in (
+        ("block_attention", "", {}, 2e-2),
+        ("low_bit_attention", "int8 fp8 ", {"pv": "fp8"}, ROUNDS),
+        ("low_bit_attention", "int8 bf16 ", {"pv": "bf16"}, ROUNDS),
+    ):
+        for candidate in fitting(op, setup.context(block=mask.block, **modes), skipped, prefix=prefix):
             if candidate.name == "gather" and setup.device == "cuda":
                 skipped[candidate.name] = "copies every list's keys: for processors"
                 continue
 
-            def build(qkv: QKV, load: Callable[..., Any] = candidate.load) -> Built:
+            def build(
+                qkv: QKV, load: Callable[..., Any] = candidate.load, modes: dict[str, Any] = modes
+            ) -> Built:
                 run, (q, k, v) = load(), (mask.layout.arrange(x) for x in qkv)
-                return lambda: run(q, k, v, mask.routes), lambda out: mask.layout.restore(out[0])
+                return lambda: run(q, k, v, mask.routes, **modes), lambda out: mask.layout.restore(out[0])
 
             yield Contender(prefix + candidate.name, build, mask.pairs, "sparse", limit)
 
@@ -240,7 +245,12 @@ def dense(setup: Setup, skipped: dict[str, str], names: tuple[str, ...] | None =
 
 def low_bit(setup: Setup, skipped: dict[str, str]) -> Iterator[Contender]:
     """Our 8-bit kernels over all pairs, in each mode."""
-    for qk, pv, block in (("int8", "fp8", 64), ("int8", "fp8", 128), ("int8", "bf16", 64)):
+    for qk, pv, block in (
+        ("int8", "fp8", 64),
+        ("int8", "fp8", 128),
+        ("int8", "bf16", 64),
+        ("int8", "bf16", 128),
+    ):
         prefix, modes = f"{qk} {pv} {block} ", {"qk": qk, "pv": pv, "block": block}
         for candidate in fitting("low_bit_attention", setup.context(**modes), skipped, prefix=prefix):
 
@@ -332,7 +342,12 @@ class Bench:
         skipped: dict[str, str] = {}
         steps: dict[str, Callable[[], Any]] = {
             "arrange q, k, v": lambda: [layout.arrange(x) for x in (q, k, v)],
-            "means of q, k": means,
+            "arrange q, k, v, with means": lambda: [
+                layout.arrange_pooled(q),
+                layout.arrange_pooled(k),
+                layout.arrange(v),
+            ],
+            "means of q, k alone": means,
             "scores of means": lambda: mq @ mk.transpose(-1, -2) * scale,
             "torch.topk": lambda: torch.topk(scores, top, dim=-1),
             "torch.topk, in rising order": lambda: torch.topk(scores, top, dim=-1).indices.sort(-1),

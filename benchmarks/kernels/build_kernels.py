@@ -3,13 +3,15 @@
     python benchmarks/kernels/build_kernels.py [--capability 80 90] [--only block_attention]
 
 Prints registers, spilled bytes, shared memory and tensor-core instructions of each kernel, and fails (exit code 1)
-where one does not compile, spills, or has no product on the tensor cores where it should.
+where one does not compile, spills, has no product on the tensor cores where it should, or, in a kernel made for Hopper,
+products that wait for each other though they are asynchronous.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 
@@ -18,8 +20,8 @@ import torch
 from vivace.kernels.block_attention.spec import Routes
 from vivace.testing.builds import Build, builds
 
-SPILLS = 128
-"""Bytes of spilled registers that are no matter."""
+SPILLS = 256
+"""Bytes of spilled registers that are no matter: compilers differ by as much."""
 
 
 def attention(block: int, dim: int, sizes: bool, bias: bool) -> tuple[torch.Tensor, ...]:
@@ -60,7 +62,7 @@ def cases(capability: int) -> Iterator[tuple[str, Callable[[], object]]]:
             fast = functools.partial(hopper.forward, q, k, v, routes, 0.1, extra)
             yield f"block_attention hopper {label}", fast
     if capability >= 90:  # FP8 products began a generation before
-        yield from low_bit()
+        yield from low_bit(capability == 90)
     for mass in (0.0, 0.9):
         scores = torch.zeros(1, 2, 500, 500)
         pick = functools.partial(choose.select, scores, 50, mass, None, 4, True)
@@ -87,15 +89,28 @@ def clusters() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"cluster_tokens permute {back}", functools.partial(means.permute, x, order, back)
 
 
-def low_bit() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Dense and routed 8-bit attention."""
+def low_bit(hopper: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Dense and routed 8-bit attention; on a Hopper GPU by its own kernel too."""
     from vivace.kernels.low_bit_attention import triton as low
 
-    for block, pv in ((64, "fp8"), (128, "fp8"), (64, "bf16")):
-        q, k, v, routes, _ = attention(block, 128, False, False)
-        for lists in (None, routes):
-            run = functools.partial(low.forward, q, k, v, lists, 0.1, None, "int8", pv, block, 32)
-            yield f"low_bit_attention {block} {pv}" + (" dense" if lists is None else ""), run
+    forwards = {"": low.forward}
+    if hopper:
+        from vivace.kernels.low_bit_attention import hopper as fast
+
+        forwards["hopper "] = fast.forward
+    for (name, forward), (block, pv) in itertools.product(
+        forwards.items(), ((64, "fp8"), (128, "fp8"), (64, "bf16"), (128, "bf16"))
+    ):
+        if (name, block, pv) == ("", 128, "bf16"):
+            continue
+        for sizes in (False, True):
+            q, k, v, routes, _ = attention(block, 128, sizes, False)
+            for lists in (None, routes):
+                if sizes and lists is None:
+                    continue
+                run = functools.partial(forward, q, k, v, lists, 0.1, None, "int8", pv, block, 32)
+                what = "dense" if lists is None else "with sizes" if sizes else "lists"
+                yield f"low_bit_attention {name}{block} {pv} {what}", run
 
 
 def main() -> None:
@@ -118,7 +133,11 @@ def main() -> None:
                 print(f"sm_{capability}  {name:52s} does not build: {str(error).splitlines()[-1][:90]}")
                 continue
             for b in made:
-                wrong = b.spills > SPILLS or (needs_products(name, b.kernel) and not b.products)
+                wrong = (
+                    b.spills > SPILLS
+                    or b.serialized != ""
+                    or (needs_products(name, b.kernel) and not b.products)
+                )
                 bad += wrong
                 print(told(name, b) + ("  <-" if wrong else ""), flush=True)
     if not seen:
@@ -135,7 +154,7 @@ def told(name: str, b: Build) -> str:
     """One line."""
     return (
         f"sm_{b.capability}  {name:52s} {b.kernel:18s} {b.registers:4d} registers {b.spills:5d} bytes spilled "
-        f"{b.shared:7d} bytes shared {b.products:4d} products"
+        f"{b.shared:7d} bytes shared {b.products:4d} products{' one by one: ' + b.serialized if b.serialized else ''}"
     )
 
 

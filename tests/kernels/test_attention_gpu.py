@@ -171,8 +171,10 @@ def test_low_bit_attention_is_its_emulation_and_near_exact(case, block, dim, bac
     assert 1e-3 < relative(out, want) < max(low_bit.ERROR, 1.05 * relative(emulated, want))
     assert relative(emulated, want) < 2 * low_bit.ERROR
     assert torch.equal(lse.isneginf(), want_lse.isneginf())
-    # Means summed in another order round some queries and keys apart.
-    assert (lse - known).nan_to_num(0.0, 0.0, 0.0).abs().max() < 5e-2
+    # Means that are summed in another order round a key apart now and then.
+    off = (lse - known).nan_to_num(0.0, 0.0, 0.0).abs()
+    assert (off < 5e-3).double().mean() > 0.98
+    assert off.max() < 0.5
 
 
 @pytest.mark.parametrize("bias", [False, True])

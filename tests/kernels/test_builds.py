@@ -18,6 +18,8 @@ LARGEST = (
     "cluster_tokens 128 bfloat16",
     "cluster_tokens permute True",
     "low_bit_attention 64 fp8 dense",
+    "low_bit_attention hopper 128 fp8 dense",
+    "low_bit_attention hopper 128 bf16 with",
 )
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernels" / "build_kernels.py"
 

@@ -125,7 +125,9 @@ class Meter:
         if key not in self._block_cost:
             frame.settle()
             self._block_cost[key] = frame.per(rows)
-            self._block_varying[key] = [(float(pairs) / rows, dim, again) for pairs, dim, again in self._varying]
+            self._block_varying[key] = [
+                (float(pairs) / rows, dim, again) for pairs, dim, again in self._varying
+            ]
             # Variants differ in what they execute, never in what the dense model would.
             self._block_dense.setdefault(key[:2], self._block_cost[key])
         elif site in self.compiled and not frame.flops:

@@ -23,6 +23,8 @@ _records: list[list[Launch]] = []
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
     """Run `kernel` over `grid`; `settings` are its constants, `num_warps` and the like."""
+    # Multiply-adds are what the kernels are made of; from Triton 3.10 on they are to be asked for.
+    settings.setdefault("enable_fp_fusion", True)
     if _records:
         _records[-1].append(Launch(kernel, grid, arguments, settings))
         return

@@ -33,7 +33,7 @@ _KINDS = {
     "torch.float8_e4m3fn": "fp8e4nv",
     "torch.float8_e5m2": "fp8e5",
 }
-_OPTIONS = ("num_warps", "num_stages", "maxnreg", "num_ctas")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "num_ctas", "enable_fp_fusion")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,8 @@ class Build:
     """Bytes of shared memory."""
     products: int
     """Instructions of the tensor cores in the assembly."""
+    serialized: str
+    """Why the assembler makes products of Hopper wait for each other, which costs half of their speed; mostly ""."""
 
 
 def builds(run: Callable[[], Any], capability: int) -> list[Build]:
@@ -87,6 +89,7 @@ def build(found: Launch, capability: int) -> Build:
         spills,
         compiled.metadata.shared,
         len(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)", ptx)),
+        _serialized(ptx) if "wgmma.mma_async" in ptx else "",
     )
 
 
@@ -111,6 +114,21 @@ def _divisible(arguments: tuple[Any, ...]) -> dict[tuple[int, ...], list[list[An
         if pointer or (isinstance(value, int) and not isinstance(value, bool) and value % 16 == 0):
             found[(place,)] = [["tt.divisibility", 16]]
     return found
+
+
+def _serialized(ptx: str) -> str:
+    """The assembler's remark about products that it puts one behind the other."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        said = subprocess.run(
+            [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", file, "-o", file.with_suffix(".cubin")],
+            capture_output=True, text=True, check=True,
+        ).stderr  # fmt: skip
+    found = re.search(r"instructions are serialized due to (.*?) in ", said)
+    return "" if found is None else found[1]
 
 
 def _assembled(cubin: bytes) -> tuple[int, int]:

@@ -3,8 +3,7 @@
 Roles follow FlashAttention-3 (arXiv 2407.08608): one warp brings blocks of keys and values by the copy engine, a group
 of four warps for every 64 rows of queries computes, queries in registers, the softmax of a block while the values of
 the last one are added up. Programs stay and take one block of queries after another, so that keys arrive while a
-result is written out. Blocks of 64 keys are taken in pairs (`_compute_pairs`): they alone are too little work for the
-tensor cores to go on while a group turns scores into probabilities.
+result is written out.
 """
 
 # Gluon's decorators turn functions into things that a type checker cannot see through.
@@ -49,17 +48,11 @@ def _tensor_core(columns):
 
 
 @gluon.jit
-def listed(index, entry, count):
-    """Block of an entry of a list; behind the last one that of the last."""
-    return gl.load(index + gl.minimum(entry, count - 1))
-
-
-@gluon.jit
 def _bring(
     k_desc, v_desc, q_desc, index_ptr, count_ptr,
     q_b, q_h, q_c, k_b, k_h, k_c, v_b, v_h, v_c, index_b, index_h, index_n, count_b, count_h,
     q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty, work, blocks, heads,
-    C: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, PAIRS: gl.constexpr,
+    C: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer: for every block of queries these, then the keys and values of its list."""
     n, turn = 0, 0
@@ -76,9 +69,9 @@ def _bring(
             )
         k_row, v_row = b * k_b + h * k_h, b * v_b + h * v_h
         here = gl.load(index)
-        for t in range((count + 1) // 2 * 2 if PAIRS else count):
+        for t in range(count):
             # A list's next entry is on its way while this one waits for room.
-            following = listed(index, t + 1, count)
+            following = gl.load(index + gl.minimum(t + 1, count - 1))
             at, phase = n % STAGES, (n // STAGES) & 1
             # The barriers of empty tiles begin in the phase before their first.
             mbarrier.wait(empty.index(at), phase ^ 1)
@@ -92,7 +85,7 @@ def _bring(
 
 @gluon.jit
 def folded(x, largest: gl.constexpr):
-    """Sum or maximum of the columns that a thread holds: (64, N) to (64, 4). In pairs first, so that no chain is long."""
+    """Sum or maximum of the columns that a thread holds: (64, N) to (64, 4). Pairs first: no chain is long."""
     # A thread has two neighbours of every eight columns.
     x = gl.reshape(x, [x.shape[0], x.shape[1] // 32, 4, 4, 2])
     if largest:
@@ -102,13 +95,13 @@ def folded(x, largest: gl.constexpr):
 
 @gluon.jit
 def _weigh(
-    s, top, total, scale, size, spots, bias_ptr, C: gl.constexpr, MASKED: gl.constexpr, HAS_SIZES: gl.constexpr,
+    s, top, total, scale, size, spots, bias_ptr, C: gl.constexpr, HAS_SIZES: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Probabilities of a block, what earlier sums shrink by, the new maxima of rows and sums of threads, in base 2."""
     if HAS_BIAS:
         s = s * scale + gl.expand_dims(gl.load(bias_ptr + spots), 0) * 1.4426950408889634
-    if MASKED:
+    if HAS_SIZES:  # noqa: SIM102 (the first is known to the compiler)
         if size < C:
             s = gl.where(gl.expand_dims(spots, 0) < size, s, float("-inf"))
     best = gl.convert_layout(gl.max(folded(s, True), 1), top.type.layout)
@@ -129,7 +122,7 @@ def _attend_list(
     q, index, sizes, bias, count, n, scale, k_tiles, v_tiles, ready, empty,
     C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
-    """64 queries against a list, block after block: sums, maxima, sums of probabilities by thread, and blocks so far."""
+    """64 queries against a list, block after block: sums, maxima, a thread's sums, and blocks so far."""
     dtype: gl.constexpr = k_tiles.dtype
     s_layout: gl.constexpr = _tensor_core(C)
     o_layout: gl.constexpr = _tensor_core(D)
@@ -150,7 +143,7 @@ def _attend_list(
             size = gl.load(sizes + this)
         s = warpgroup_mma_wait(0, deps=(scores,))
         p, shrink, top, total = _weigh(
-            s, top, total, scale, size, spots, bias + this * C, C, HAS_SIZES, HAS_SIZES, HAS_BIAS
+            s, top, total, scale, size, spots, bias + this * C, C, HAS_SIZES, HAS_BIAS
         )
         weights = gl.convert_layout(p.to(dtype), p_layout)
         for j in range(1, count):
@@ -165,7 +158,7 @@ def _attend_list(
                 size = gl.load(sizes + this)
             s = warpgroup_mma_wait(1, deps=(scores,))
             p, shrink, top, total = _weigh(
-                s, top, total, scale, size, spots, bias + this * C, C, HAS_SIZES, HAS_SIZES, HAS_BIAS
+                s, top, total, scale, size, spots, bias + this * C, C, HAS_SIZES, HAS_BIAS
             )
             acc = warpgroup_mma_wait(0, deps=(adding,))
             mbarrier.arrive(empty.index(at), count=1)
@@ -181,102 +174,11 @@ def _attend_list(
 
 
 @gluon.jit
-def _attend_pairs(
-    q, index, sizes, bias, count, n, scale, k_tiles, v_tiles, ready, empty,
-    C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
-):  # fmt: skip
-    """As `_attend_list`, two blocks a and z at a time:
-
-    scores of z, values of a, scores of the next a are started
-    softmax of z; values of z are started
-    softmax of the next a
-    """
-    dtype: gl.constexpr = k_tiles.dtype
-    s_layout: gl.constexpr = _tensor_core(C)
-    o_layout: gl.constexpr = _tensor_core(D)
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    blank = gl.full([ROWS, C], 0.0, gl.float32, s_layout)
-    spots = gl.arange(0, C, layout=gl.SliceLayout(0, s_layout))
-    top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
-    total = folded(blank, False)
-    acc = gl.full([ROWS, D], 0.0, gl.float32, o_layout)
-    if count > 0:
-        a, of_a, of_z, size, size_z = n % STAGES, 0, 0, C, C
-        mbarrier.wait(ready.index(a), (n // STAGES) & 1)
-        scores = warpgroup_mma(q, k_tiles.index(a).permute((1, 0)), blank, use_acc=False, is_async=True)
-        if HAS_SIZES or HAS_BIAS:
-            of_a = gl.load(index)
-        if HAS_SIZES:
-            size = gl.load(sizes + of_a)
-        s = warpgroup_mma_wait(0, deps=(scores,))
-        p, shrink, top, total = _weigh(
-            s, top, total, scale, size, spots, bias + of_a * C, C, HAS_SIZES, HAS_SIZES, HAS_BIAS
-        )
-        pairs = (count + 1) // 2
-        for j in range(1, pairs):
-            z, to = (n + 1) % STAGES, (n + 2) % STAGES
-            weights = gl.convert_layout(p.to(dtype), p_layout)
-            mbarrier.wait(ready.index(z), ((n + 1) // STAGES) & 1)
-            scores_z = warpgroup_mma(q, k_tiles.index(z).permute((1, 0)), blank, use_acc=False, is_async=True)
-            acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
-            adding = warpgroup_mma(weights, v_tiles.index(a), acc, is_async=True)
-            mbarrier.wait(ready.index(to), ((n + 2) // STAGES) & 1)
-            scores = warpgroup_mma(q, k_tiles.index(to).permute((1, 0)), blank, use_acc=False, is_async=True)
-            if HAS_SIZES or HAS_BIAS:
-                of_a, of_z = gl.load(index + 2 * j), gl.load(index + 2 * j - 1)
-            if HAS_SIZES:
-                size, size_z = gl.load(sizes + of_a), gl.load(sizes + of_z)
-            s = warpgroup_mma_wait(2, deps=(scores_z,))
-            p, shrink, top, total = _weigh(
-                s, top, total, scale, size_z, spots, bias + of_z * C, C, HAS_SIZES, HAS_SIZES, HAS_BIAS
-            )
-            weights = gl.convert_layout(p.to(dtype), p_layout)
-            acc = warpgroup_mma_wait(1, deps=(adding,))
-            mbarrier.arrive(empty.index(a), count=1)
-            acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
-            adding = warpgroup_mma(weights, v_tiles.index(z), acc, is_async=True)
-            s = warpgroup_mma_wait(1, deps=(scores,))
-            p, shrink, top, total = _weigh(
-                s, top, total, scale, size, spots, bias + of_a * C, C, HAS_SIZES, HAS_SIZES, HAS_BIAS
-            )
-            acc = warpgroup_mma_wait(0, deps=(adding,))
-            mbarrier.arrive(empty.index(z), count=1)
-            n += 2
-            a = to
-        z = (n + 1) % STAGES
-        weights = gl.convert_layout(p.to(dtype), p_layout)
-        mbarrier.wait(ready.index(z), ((n + 1) // STAGES) & 1)
-        scores_z = warpgroup_mma(q, k_tiles.index(z).permute((1, 0)), blank, use_acc=False, is_async=True)
-        acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
-        adding = warpgroup_mma(weights, v_tiles.index(a), acc, is_async=True)
-        if HAS_SIZES or HAS_BIAS:
-            of_z = listed(index, 2 * pairs - 1, count)
-        if HAS_SIZES:
-            size_z = gl.load(sizes + of_z)
-        # The second block of the last pair may be none.
-        size_z = gl.where(2 * pairs > count, 0, size_z)
-        s = warpgroup_mma_wait(1, deps=(scores_z,))
-        p, shrink, top, total = _weigh(
-            s, top, total, scale, size_z, spots, bias + of_z * C, C, True, HAS_SIZES, HAS_BIAS
-        )
-        weights = gl.convert_layout(p.to(dtype), p_layout)
-        acc = warpgroup_mma_wait(0, deps=(adding,))
-        mbarrier.arrive(empty.index(a), count=1)
-        acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
-        adding = warpgroup_mma(weights, v_tiles.index(z), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=(adding,))
-        mbarrier.arrive(empty.index(z), count=1)
-        n += 2
-    return acc, top, total, n
-
-
-@gluon.jit
 def _compute(
     out_ptr, lse_ptr, index_ptr, count_ptr, sizes_ptr, bias_ptr,
     index_b, index_h, index_n, count_b, count_h, sizes_b, sizes_h, bias_b, queries, scale,
     q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty, work, blocks, heads,
-    group: gl.constexpr, C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PAIRS: gl.constexpr,
+    group: gl.constexpr, C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 queries of every block against its list."""
@@ -297,44 +199,10 @@ def _compute(
         q = q_tile.index(group).load(q_layout)
         mbarrier.arrive(q_empty, count=1)
         turn ^= 1
-        if PAIRS:
-            acc, top, total, n = _attend_pairs(
-                q,
-                index,
-                sizes,
-                bias,
-                count,
-                n,
-                scale,
-                k_tiles,
-                v_tiles,
-                ready,
-                empty,
-                C,
-                D,
-                STAGES,
-                HAS_SIZES,
-                HAS_BIAS,
-            )
-        else:
-            acc, top, total, n = _attend_list(
-                q,
-                index,
-                sizes,
-                bias,
-                count,
-                n,
-                scale,
-                k_tiles,
-                v_tiles,
-                ready,
-                empty,
-                C,
-                D,
-                STAGES,
-                HAS_SIZES,
-                HAS_BIAS,
-            )
+        acc, top, total, n = _attend_list(
+            q, index, sizes, bias, count, n, scale, k_tiles, v_tiles, ready, empty,
+            C, D, STAGES, HAS_SIZES, HAS_BIAS,
+        )  # fmt: skip
         total = gl.convert_layout(gl.sum(total, 1), s_rows)
         seen = total > 0.0
         whole = gl.where(seen, total, 1.0)
@@ -352,7 +220,7 @@ def _forward(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, index_ptr, count_ptr, sizes_ptr, bias_ptr,
     q_b, q_h, q_c, k_b, k_h, k_c, v_b, v_h, v_c, index_b, index_h, index_n, count_b, count_h, sizes_b, sizes_h,
     bias_b, work, blocks, heads, queries, scale,
-    C: gl.constexpr, D: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, PAIRS: gl.constexpr,
+    C: gl.constexpr, D: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
     HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     q_tile = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, ROWS, D], q_desc.layout)
@@ -374,12 +242,12 @@ def _forward(
             (_compute, (
             out_ptr, lse_ptr, index_ptr, count_ptr, sizes_ptr, bias_ptr, index_b, index_h, index_n, count_b, count_h,
             sizes_b, sizes_h, bias_b, queries, scale, q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
-            work, blocks, heads, 0, C, D, STAGES, PAIRS, HAS_SIZES, HAS_BIAS,
+            work, blocks, heads, 0, C, D, STAGES, HAS_SIZES, HAS_BIAS,
         )),
             (_bring, (
             k_desc, v_desc, q_desc, index_ptr, count_ptr, q_b, q_h, q_c, k_b, k_h, k_c, v_b, v_h, v_c,
             index_b, index_h, index_n, count_b, count_h, q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
-            work, blocks, heads, C, GROUPS, STAGES, PAIRS,
+            work, blocks, heads, C, GROUPS, STAGES,
         )),
         ], [1], [24])
     else:
@@ -387,17 +255,17 @@ def _forward(
             (_compute, (
             out_ptr, lse_ptr, index_ptr, count_ptr, sizes_ptr, bias_ptr, index_b, index_h, index_n, count_b, count_h,
             sizes_b, sizes_h, bias_b, queries, scale, q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
-            work, blocks, heads, 0, C, D, STAGES, PAIRS, HAS_SIZES, HAS_BIAS,
+            work, blocks, heads, 0, C, D, STAGES, HAS_SIZES, HAS_BIAS,
         )),
             (_compute, (
             out_ptr, lse_ptr, index_ptr, count_ptr, sizes_ptr, bias_ptr, index_b, index_h, index_n, count_b, count_h,
             sizes_b, sizes_h, bias_b, queries, scale, q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
-            work, blocks, heads, 1, C, D, STAGES, PAIRS, HAS_SIZES, HAS_BIAS,
+            work, blocks, heads, 1, C, D, STAGES, HAS_SIZES, HAS_BIAS,
         )),
             (_bring, (
             k_desc, v_desc, q_desc, index_ptr, count_ptr, q_b, q_h, q_c, k_b, k_h, k_c, v_b, v_h, v_c,
             index_b, index_h, index_n, count_b, count_h, q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
-            work, blocks, heads, C, GROUPS, STAGES, PAIRS,
+            work, blocks, heads, C, GROUPS, STAGES,
         )),
         ], [4, 1], [240, 24])
     # fmt: on
@@ -417,9 +285,8 @@ def forward(
     scale: float,
     bias: torch.Tensor | None = None,
     depth: int = 0,
-    pairs: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `spec`. `depth` (blocks in shared memory, three at least for pairs) and `pairs` are for measurements.
+    """See `spec`. `depth`, blocks in shared memory, is for measurements.
 
     Raises:
         ValueError: not a 16-bit type.
@@ -432,15 +299,14 @@ def forward(
     block = routes.block
     out = torch.empty((b, h, s, d), dtype=q.dtype, device=q.device)
     lse = torch.empty((b, h, s), dtype=torch.float32, device=q.device)
-    described = [_described(x, r) for x, r in ((q, ROWS.value), (k, block), (v, block))]
+    made = [described(x, r) for x, r in ((q, ROWS.value), (k, block), (v, block))]
     lists, strides = lists_of(routes, bias, b, h)
     work = s // block * b * h
     programs = min(work, multiprocessors(q.device) * (2 if block == ROWS.value else 1))
     launch(
-        _forward, (programs,), *(x for x, _ in described), out, lse, *lists,
-        *(n for _, steps in described for n in steps), *strides, work, s // block, h, s, scale * LOG2E,
+        _forward, (programs,), *(x for x, _ in made), out, lse, *lists,
+        *(n for _, steps in made for n in steps), *strides, work, s // block, h, s, scale * LOG2E,
         C=block, D=d, GROUPS=block // ROWS.value, STAGES=depth or stages(block, d),
-        PAIRS=block == ROWS.value if pairs is None else pairs,
         HAS_SIZES=routes.sizes is not None, HAS_BIAS=bias is not None,
         num_warps=4, maxnreg=168 if block > ROWS.value else 128,
     )  # fmt: skip
@@ -452,7 +318,7 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def _described(x: torch.Tensor, rows: int) -> tuple[Any, tuple[int, int, int]]:
+def described(x: torch.Tensor, rows: int) -> tuple[Any, tuple[int, int, int]]:
     """A descriptor of (B, H, S, D) in two dimensions; what a batch row and a head move by, in rows and columns."""
     b, h, s, d = x.shape
     if x.stride() == (s * h * d, d, h * d, 1):

@@ -1,4 +1,4 @@
-"""Low-bit attention for Hopper GPUs in Gluon: the roles and order of `vivace.kernels.block_attention.hopper`, in 8 bits.
+"""Low-bit attention for Hopper GPUs in Gluon: roles and order of `vivace.kernels.block_attention.hopper`, in 8 bits.
 
 INT8 scores come out as integers. They are added to the bits of 1.5 * 2^23, so that the sum already is the bits of a
 float and no conversion is needed; the offset disappears in the exponent's multiply-add. Probabilities stay in the
@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from vivace.kernels.block_attention.hopper import ROWS, SHARED, folded, multiprocessors
+from vivace.kernels.block_attention.hopper import ROWS, SHARED, described, folded, multiprocessors
 from vivace.kernels.block_attention.spec import Routes
 from vivace.kernels.launch import launch
 from vivace.kernels.low_bit_attention.rounding import Rounded, rounded
@@ -37,16 +37,17 @@ OFFSET_BITS = gl.constexpr(0x4B400000)
 
 
 @gluon.constexpr_function
-def _tensor_core(columns):
-    """Layout of a product of 64 rows by so many columns in the registers of four warps."""
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 32])
+def _tensor_core(columns, depth=32):
+    """Layout of a product of 64 rows by so many columns in the registers of four warps; `depth` of an instruction."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, depth])
 
 
 @gluon.jit
 def _bring(
-    q_desc, k_desc, v_desc, index_ptr, count_ptr, index_b, index_h, index_n, count_b, count_h,
+    q_desc, k_desc, v_desc, index_ptr, count_ptr, index_b, index_h, index_n, count_b, count_h, v_b, v_h, v_c,
     q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty, work, blocks, heads, query_slots, key_slots, keys,
     C: gl.constexpr, D: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
+    PV8: gl.constexpr,
 ):  # fmt: skip
     """The producer: for every block of queries these, then the keys and values of its list."""
     n, turn = 0, 0
@@ -62,13 +63,18 @@ def _bring(
         here = 0 if DENSE else gl.load(index)
         for t in range(count):
             # A list's next entry is on its way while this one waits for room.
-            following = t + 1 if DENSE else gl.load(index + gl.minimum(t + 1, count - 1))
+            following = (
+                gl.minimum(t + 1, count - 1) if DENSE else gl.load(index + gl.minimum(t + 1, count - 1))
+            )
             at, phase = n % STAGES, (n // STAGES) & 1
             # The barriers of empty blocks begin in the phase before their first.
             mbarrier.wait(empty.index(at), phase ^ 1)
             mbarrier.expect(ready.index(at), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
             _load(k_desc, [row * key_slots + here * C, 0], ready.index(at), k_tiles.index(at))
-            _load(v_desc, [row * D, here * C], ready.index(at), v_tiles.index(at))
+            if PV8:
+                _load(v_desc, [row * D, here * C], ready.index(at), v_tiles.index(at))
+            else:
+                _load(v_desc, [b * v_b + h * v_h + here * C, h * v_c], ready.index(at), v_tiles.index(at))
             here = following
             n += 1
         turn ^= 1
@@ -76,36 +82,28 @@ def _bring(
 
 @gluon.jit
 def _weigh(
-    s,
-    top,
-    total,
-    factor,
-    size,
-    spots,
-    bias_ptr,
-    C: gl.constexpr,
-    MASKED: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-):
-    """448 times the probabilities of a block, what earlier sums shrink by, new maxima of rows and sums of threads.
+    s, top, total, factor, size, spots, bias_ptr,
+    C: gl.constexpr, PV8: gl.constexpr, MASKED: gl.constexpr, HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
+    """Probabilities of a block, what earlier sums shrink by, new maxima of rows and sums of threads.
 
-    `s` are integer scores over OFFSET_BITS, `factor` what they stand for by row, in base 2.
+    `s` are integer scores over OFFSET_BITS, `factor` what they stand for by row, in base 2. For FP8 probabilities come
+    448 times as large: they fill its range, and the factor cancels in the end.
     """
     s = s.to(gl.float32, bitcast=True)
     if HAS_BIAS:
         s = (s - OFFSET) * gl.expand_dims(factor, 1)
         s = s + gl.expand_dims(gl.load(bias_ptr + spots), 0) * 1.4426950408889634
-    if MASKED:
+    if MASKED:  # noqa: SIM102 (the first is known to the compiler)
         if size < C:
             s = gl.where(gl.expand_dims(spots, 0) < size, s, float("-inf"))
     best = gl.convert_layout(gl.max(folded(s, True), 1), top.type.layout)
     if not HAS_BIAS:
         best = (best - OFFSET) * factor
     higher = gl.maximum(top, best)
-    base = gl.where(higher == float("-inf"), 0.0, higher) if MASKED or HAS_BIAS else higher
+    base = gl.where(higher == float("-inf"), 0.0, higher) if HAS_SIZES or HAS_BIAS else higher
     shrink = gl.exp2(top - base)
-    # 8.807... is log2(448): probabilities fill the range of e4m3, and the factor cancels in the end.
-    lower = base - 8.807354922057604
+    lower = base - 8.807354922057604 if PV8 else base
     if HAS_BIAS:
         p = gl.exp2(s - gl.expand_dims(lower, 1))
     else:
@@ -116,20 +114,95 @@ def _weigh(
 
 
 @gluon.jit
-def _operand(p, layout: gl.constexpr, C: gl.constexpr):
-    """Probabilities as the left operand of a product over keys woven as `rounding` weaves them, without moving any."""
-    p = gl.permute(gl.reshape(p, [ROWS, C // 16, 2, 4, 2]), (0, 1, 3, 2, 4))
-    p = gl.convert_layout(gl.reshape(p, [ROWS, C]), layout, assert_trivial=True)
-    # Four at a time: the compiler's own conversion packs two, and takes three instructions to put pairs together.
-    return gl.inline_asm_elementwise(
-        "{ .reg .b16 lo, hi; cvt.rn.satfinite.e4m3x2.f32 lo, $2, $1; cvt.rn.satfinite.e4m3x2.f32 hi, $4, $3; "
-        "mov.b32 $0, {lo, hi}; }",
-        "=r,f,f,f,f",
-        [p],
-        dtype=gl.float8e4nv,
-        is_pure=True,
-        pack=4,
-    )
+def _operand(p, layout: gl.constexpr, kind: gl.constexpr, C: gl.constexpr, PV8: gl.constexpr):
+    """Probabilities as the left operand of their product with values, without moving any."""
+    if PV8:
+        # Keys stand woven as `rounding` weaves them.
+        p = gl.permute(gl.reshape(p, [ROWS, C // 16, 2, 4, 2]), (0, 1, 3, 2, 4))
+        p = gl.convert_layout(gl.reshape(p, [ROWS, C]), layout, assert_trivial=True)
+        # Four at a time: the compiler's own conversion packs two and takes three instructions to join them.
+        weights = gl.inline_asm_elementwise(
+            "{ .reg .b16 lo, hi; cvt.rn.satfinite.e4m3x2.f32 lo, $2, $1; cvt.rn.satfinite.e4m3x2.f32 hi, $4, $3; "
+            "mov.b32 $0, {lo, hi}; }",
+            "=r,f,f,f,f",
+            [p],
+            dtype=gl.float8e4nv,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        weights = gl.convert_layout(p.to(kind), layout)
+    return weights
+
+
+@gluon.jit
+def _values(v_tiles, at, PV8: gl.constexpr):
+    """Values of a block as a right operand: (C, D)."""
+    return v_tiles.index(at).permute((1, 0)) if PV8 else v_tiles.index(at)
+
+
+@gluon.jit
+def _real_keys(sizes, block, keys, C: gl.constexpr, HAS_SIZES: gl.constexpr):
+    """Real keys from a block's first on."""
+    return gl.load(sizes + block) if HAS_SIZES else keys - block * C
+
+
+@gluon.jit
+def _attend_list(
+    q, q_scale, index, scales, sizes, bias, count, keys, n, k_tiles, v_tiles, ready, empty,
+    C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr, PV8: gl.constexpr,
+    MASKED: gl.constexpr, HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
+    """64 queries against a list, block after block: sums, maxima, a thread's sums, and blocks so far."""
+    s_layout: gl.constexpr = _tensor_core(C)
+    o_layout: gl.constexpr = _tensor_core(D, 32 if PV8 else 16)
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 4 if PV8 else 2)
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    blank = gl.full([ROWS, C], OFFSET_BITS, gl.int32, s_layout)
+    spots = gl.arange(0, C, layout=gl.SliceLayout(0, s_layout))
+    top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
+    total = folded(gl.full([ROWS, C], 0.0, gl.float32, s_layout), False)
+    acc = gl.full([ROWS, D], 0.0, gl.float32, o_layout)
+    if count > 0:
+        at = n % STAGES
+        this = 0 if DENSE else gl.load(index)
+        factor, size = q_scale * gl.load(scales + this), _real_keys(sizes, this, keys, C, HAS_SIZES)
+        mbarrier.wait(ready.index(at), (n // STAGES) & 1)
+        scores = warpgroup_mma(q, k_tiles.index(at).permute((1, 0)), blank, is_async=True)
+        s = warpgroup_mma_wait(0, deps=(scores,))
+        p, shrink, top, total = _weigh(
+            s, top, total, factor, size, spots, bias + this * C, C, PV8, MASKED, HAS_SIZES, HAS_BIAS
+        )
+        weights = _operand(p, p_layout, v_tiles.dtype, C, PV8)
+        for j in range(1, count):
+            to = (n + 1) % STAGES
+            if PV8:
+                # Here and not where they are made: the compiler takes bytes that cross an iteration apart.
+                weights = _operand(p, p_layout, v_tiles.dtype, C, PV8)
+            mbarrier.wait(ready.index(to), ((n + 1) // STAGES) & 1)
+            scores = warpgroup_mma(q, k_tiles.index(to).permute((1, 0)), blank, is_async=True)
+            acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
+            adding = warpgroup_mma(weights, _values(v_tiles, at, PV8), acc, is_async=True)
+            this = j if DENSE else gl.load(index + j)
+            factor, size = q_scale * gl.load(scales + this), _real_keys(sizes, this, keys, C, HAS_SIZES)
+            s = warpgroup_mma_wait(1, deps=(scores,))
+            p, shrink, top, total = _weigh(
+                s, top, total, factor, size, spots, bias + this * C, C, PV8, MASKED, HAS_SIZES, HAS_BIAS
+            )
+            acc = warpgroup_mma_wait(0, deps=(adding,))
+            mbarrier.arrive(empty.index(at), count=1)
+            if not PV8:
+                weights = _operand(p, p_layout, v_tiles.dtype, C, PV8)
+            n += 1
+            at = to
+        if PV8:
+            weights = _operand(p, p_layout, v_tiles.dtype, C, PV8)
+        acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
+        adding = warpgroup_mma(weights, _values(v_tiles, at, PV8), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(adding,))
+        mbarrier.arrive(empty.index(at), count=1)
+        n += 1
+    return acc, top, total, n
 
 
 @gluon.jit
@@ -139,17 +212,15 @@ def _compute(
     q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
     work, blocks, heads, queries, keys, query_slots, key_slots,
     group: gl.constexpr, C: gl.constexpr, D: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr,
-    DENSE: gl.constexpr, MASKED: gl.constexpr, HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
+    DENSE: gl.constexpr, PV8: gl.constexpr, MASKED: gl.constexpr,
+    HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 queries of every block against its list."""
     s_layout: gl.constexpr = _tensor_core(C)
-    o_layout: gl.constexpr = _tensor_core(D)
+    o_layout: gl.constexpr = _tensor_core(D, 32 if PV8 else 16)
     q_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 4)
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 4)
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    blank = gl.full([ROWS, C], OFFSET_BITS, gl.int32, s_layout)
-    spots = gl.arange(0, C, layout=gl.SliceLayout(0, s_layout))
     own = group * ROWS + gl.arange(0, ROWS, layout=s_rows)
     n, turn = 0, 0
     for task in range(gl.program_id(0), work, gl.num_programs(0)):
@@ -159,59 +230,29 @@ def _compute(
         sizes = sizes_ptr + (b.to(gl.int64) * sizes_b + h * sizes_h)
         bias, scales = bias_ptr + b.to(gl.int64) * bias_b, ks_ptr + wide * (key_slots // C)
         count = (keys + C - 1) // C if DENSE else gl.load(count_ptr + b * count_b + h * count_h + block)
-        top = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
-        total = folded(gl.full([ROWS, C], 0.0, gl.float32, s_layout), False)
-        acc = gl.full([ROWS, D], 0.0, gl.float32, o_layout)
         q_scale = gl.load(qs_ptr + (wide * query_slots + block * C + own) // G)
         mbarrier.wait(q_ready, turn)
+        turn ^= 1
         q = q_tile.index(group).load(q_layout)
         mbarrier.arrive(q_empty, count=1)
-        if count > 0:
-            at = n % STAGES
-            this = 0 if DENSE else gl.load(index)
-            factor = q_scale * gl.load(scales + this)
-            size = gl.load(sizes + this) if HAS_SIZES else keys - this * C
-            mbarrier.wait(ready.index(at), (n // STAGES) & 1)
-            scores = warpgroup_mma(q, k_tiles.index(at).permute((1, 0)), blank, is_async=True)
-            s = warpgroup_mma_wait(0, deps=(scores,))
-            p, shrink, top, total = _weigh(
-                s, top, total, factor, size, spots, bias + this * C, C, MASKED, HAS_BIAS
-            )
-            for j in range(1, count):
-                to = (n + 1) % STAGES
-                # Rounded here and not where they are made: the compiler takes bytes that cross an iteration apart.
-                weights = _operand(p, p_layout, C)
-                mbarrier.wait(ready.index(to), ((n + 1) // STAGES) & 1)
-                scores = warpgroup_mma(q, k_tiles.index(to).permute((1, 0)), blank, is_async=True)
-                acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
-                adding = warpgroup_mma(weights, v_tiles.index(at).permute((1, 0)), acc, is_async=True)
-                this = j if DENSE else gl.load(index + j)
-                factor = q_scale * gl.load(scales + this)
-                size = gl.load(sizes + this) if HAS_SIZES else keys - this * C
-                s = warpgroup_mma_wait(1, deps=(scores,))
-                p, shrink, top, total = _weigh(
-                    s, top, total, factor, size, spots, bias + this * C, C, MASKED, HAS_BIAS
-                )
-                acc = warpgroup_mma_wait(0, deps=(adding,))
-                mbarrier.arrive(empty.index(at), count=1)
-                n += 1
-                at = to
-            weights = _operand(p, p_layout, C)
-            acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
-            adding = warpgroup_mma(weights, v_tiles.index(at).permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(adding,))
-            mbarrier.arrive(empty.index(at), count=1)
-            n += 1
-        turn ^= 1
+        acc, top, total, n = _attend_list(
+            q, q_scale, index, scales, sizes, bias, count, keys, n, k_tiles, v_tiles, ready, empty,
+            C, D, STAGES, DENSE, PV8, MASKED, HAS_SIZES, HAS_BIAS,
+        )  # fmt: skip
         total = gl.convert_layout(gl.sum(total, 1), s_rows)
         seen = total > 0.0
         whole = gl.where(seen, total, 1.0)
         across = gl.arange(0, D, layout=gl.SliceLayout(0, o_layout))
         acc = acc * gl.expand_dims(gl.convert_layout(1.0 / whole, o_rows), 1)
-        acc = acc * gl.expand_dims(gl.load(vs_ptr + wide * D + across), 0)
-        lse = (top + gl.log2(whole) - 8.807354922057604) * 0.6931471805599453
+        lse = top + gl.log2(whole)
+        if PV8:
+            acc = acc * gl.expand_dims(gl.load(vs_ptr + wide * D + across), 0)
+            # log2(448)
+            lse = lse - 8.807354922057604
         mine = block * C + own
-        lse = gl.where(seen, lse + gl.load(shift_ptr + wide * query_slots + mine), float("-inf"))
+        lse = gl.where(
+            seen, lse * 0.6931471805599453 + gl.load(shift_ptr + wide * query_slots + mine), float("-inf")
+        )
         gl.store(lse_ptr + wide * queries + mine, lse, mask=mine < queries)
         down = gl.expand_dims(block * C + group * ROWS + gl.arange(0, ROWS, layout=o_rows), 1)
         place = wide * queries * D + down * D + gl.expand_dims(across, 0)
@@ -222,14 +263,17 @@ def _compute(
 def _attend(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, qs_ptr, ks_ptr, vs_ptr, shift_ptr,
     index_ptr, count_ptr, sizes_ptr, bias_ptr,
-    index_b, index_h, index_n, count_b, count_h, sizes_b, sizes_h, bias_b,
+    index_b, index_h, index_n, count_b, count_h, sizes_b, sizes_h, bias_b, v_b, v_h, v_c,
     work, blocks, heads, queries, keys, query_slots, key_slots,
     C: gl.constexpr, D: gl.constexpr, G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-    DENSE: gl.constexpr, MASKED: gl.constexpr, HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
+    DENSE: gl.constexpr, PV8: gl.constexpr, MASKED: gl.constexpr,
+    HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     q_tile = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, ROWS, D], q_desc.layout)
     k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, C, D], k_desc.layout)
-    v_tiles = gl.allocate_shared_memory(v_desc.dtype, [STAGES, D, C], v_desc.layout)
+    v_tiles = gl.allocate_shared_memory(
+        v_desc.dtype, [STAGES, D, C] if PV8 else [STAGES, C, D], v_desc.layout
+    )
     q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -248,12 +292,12 @@ def _attend(
             index_b, index_h, index_n, count_b, count_h, sizes_b, sizes_h, bias_b,
             q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
             work, blocks, heads, queries, keys, query_slots, key_slots,
-            0, C, D, G, STAGES, DENSE, MASKED, HAS_SIZES, HAS_BIAS,
+            0, C, D, G, STAGES, DENSE, PV8, MASKED, HAS_SIZES, HAS_BIAS,
         )),
             (_bring, (
-            q_desc, k_desc, v_desc, index_ptr, count_ptr, index_b, index_h, index_n, count_b, count_h,
+            q_desc, k_desc, v_desc, index_ptr, count_ptr, index_b, index_h, index_n, count_b, count_h, v_b, v_h, v_c,
             q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
-            work, blocks, heads, query_slots, key_slots, keys, C, D, GROUPS, STAGES, DENSE,
+            work, blocks, heads, query_slots, key_slots, keys, C, D, GROUPS, STAGES, DENSE, PV8,
         )),
         ], [1], [24])
     else:
@@ -263,28 +307,28 @@ def _attend(
             index_b, index_h, index_n, count_b, count_h, sizes_b, sizes_h, bias_b,
             q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
             work, blocks, heads, queries, keys, query_slots, key_slots,
-            0, C, D, G, STAGES, DENSE, MASKED, HAS_SIZES, HAS_BIAS,
+            0, C, D, G, STAGES, DENSE, PV8, MASKED, HAS_SIZES, HAS_BIAS,
         )),
             (_compute, (
             out_ptr, lse_ptr, qs_ptr, ks_ptr, vs_ptr, shift_ptr, index_ptr, count_ptr, sizes_ptr, bias_ptr,
             index_b, index_h, index_n, count_b, count_h, sizes_b, sizes_h, bias_b,
             q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
             work, blocks, heads, queries, keys, query_slots, key_slots,
-            1, C, D, G, STAGES, DENSE, MASKED, HAS_SIZES, HAS_BIAS,
+            1, C, D, G, STAGES, DENSE, PV8, MASKED, HAS_SIZES, HAS_BIAS,
         )),
             (_bring, (
-            q_desc, k_desc, v_desc, index_ptr, count_ptr, index_b, index_h, index_n, count_b, count_h,
+            q_desc, k_desc, v_desc, index_ptr, count_ptr, index_b, index_h, index_n, count_b, count_h, v_b, v_h, v_c,
             q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
-            work, blocks, heads, query_slots, key_slots, keys, C, D, GROUPS, STAGES, DENSE,
+            work, blocks, heads, query_slots, key_slots, keys, C, D, GROUPS, STAGES, DENSE, PV8,
         )),
         ], [4, 1], [240, 24])
     # fmt: on
 
 
-def stages(block: int, dim: int) -> int:
+def stages(block: int, dim: int, value_bytes: int) -> int:
     """Blocks of keys (and of values) in shared memory at a time."""
     at_once = 2 if block == ROWS.value else 1  # programs of one group share a multiprocessor
-    return max(2, min(5, (SHARED // at_once - block * dim - 1024) // (2 * block * dim)))
+    return max(2, min(5, (SHARED // at_once - block * dim - 1024) // ((1 + value_bytes) * block * dim)))
 
 
 def forward(
@@ -299,12 +343,12 @@ def forward(
     block: int,
     group: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `spec`; `qk` is int8 and `pv` fp8."""
+    """See `spec`; `qk` is int8."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     sizes = None
     if routes is not None and routes.sizes is not None:
         sizes = routes.sizes.contiguous().expand(q.shape[0], q.shape[1], -1)
-    made = rounded(q, k, v, sizes, scale, block, group, True, True, woven=True)
+    made = rounded(q, k, v, sizes, scale, block, group, True, pv == "fp8", woven=True)
     return attend(q, made, routes, sizes, bias, k.shape[2], block, group)
 
 
@@ -322,12 +366,12 @@ def attend(
     b, h, queries, d = q.shape
     out = torch.empty((b, h, queries, d), dtype=q.dtype, device=q.device)
     lse = torch.empty((b, h, queries), dtype=torch.float32, device=q.device)
-    query_slots, key_slots = r.q.shape[2], r.k.shape[2]
-    described = [
-        _described(r.q.view(-1, d), [ROWS.value, d], gl.int8),
-        _described(r.k.view(-1, d), [block, d], gl.int8),
-        _described(r.v.view(-1, key_slots), [d, block], gl.float8e4nv),
-    ]
+    query_slots, key_slots, pv8 = r.q.shape[2], r.k.shape[2], r.v.dtype == torch.float8_e4m3fn
+    steps = (0, 0, 0)
+    if pv8:
+        values = _described(r.v.view(-1, key_slots), [d, block], gl.float8e4nv)
+    else:
+        values, steps = described(r.v, block)
     # Where a tensor is not there, something stands in for a pointer that is never read.
     index, count, of_lists = r.shift, r.shift, [0] * 5
     if routes is not None:
@@ -340,10 +384,12 @@ def attend(
     work = blocks * b * h
     programs = min(work, multiprocessors(q.device) * (2 if block == ROWS.value else 1))
     launch(
-        _attend, (programs,), *described, out, lse, r.q_scales, r.k_scales, r.v_scales, r.shift,
-        index, count, lengths, added, *of_lists, *strides, 0 if bias is None else added.stride(0),
+        _attend, (programs,), _described(r.q.view(-1, d), [ROWS.value, d], gl.int8),
+        _described(r.k.view(-1, d), [block, d], gl.int8), values, out, lse, r.q_scales, r.k_scales, r.v_scales, r.shift,
+        index, count, lengths, added, *of_lists, *strides, 0 if bias is None else added.stride(0), *steps,
         work, blocks, h, queries, keys, query_slots, key_slots,
-        C=block, D=d, G=group, GROUPS=block // ROWS.value, STAGES=depth or stages(block, d), DENSE=routes is None,
+        C=block, D=d, G=group, GROUPS=block // ROWS.value, STAGES=depth or stages(block, d, 1 if pv8 else 2),
+        DENSE=routes is None, PV8=pv8,
         MASKED=sizes is not None or keys % block != 0, HAS_SIZES=sizes is not None, HAS_BIAS=bias is not None,
         num_warps=4, maxnreg=168 if block > ROWS.value else 128,
     )  # fmt: skip
@@ -356,5 +402,5 @@ def _padded(bias: torch.Tensor, slots: int) -> torch.Tensor:
 
 
 def _described(x: torch.Tensor, tile: list[int], kind: Any) -> Any:
-    """A descriptor of a matrix in tiles."""
+    """A descriptor of a matrix in parts."""
     return TensorDescriptor.from_tensor(x, tile, gl.NVMMASharedLayout.get_default_for(tile, kind))

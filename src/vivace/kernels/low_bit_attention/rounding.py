@@ -65,7 +65,7 @@ def _combine(
         there = tl.sum(number, 0) if HAS_SIZES else keys
         tl.store(mean_ptr + row.to(tl.int64) * D + dims, total / tl.maximum(there, 1).to(tl.float32))
     if PV8:
-        tl.store(scales_ptr + row.to(tl.int64) * D + dims, tl.maximum(peak, 1e-12) / 448.0)
+        tl.store(scales_ptr + row.to(tl.int64) * D + dims, tl.div_rn(tl.maximum(peak, 1e-12), 448.0))
 
 
 @triton.jit
@@ -93,13 +93,14 @@ def _round_rows(
     place = row.to(tl.int64) * groups * G + rows
     if KEYS:
         x = tl.where(real[:, None], x - mean[None, :], 0.0)
-        scale = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-12) / 127.0
+        scale = tl.div_rn(tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-12), 127.0)
         tl.store(scales_ptr + row.to(tl.int64) * groups + group, scale)
     else:
-        scale = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-12) / 127.0
+        scale = tl.div_rn(tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-12), 127.0)
         tl.store(scales_ptr + row.to(tl.int64) * groups + group, scale * factor * 1.4426950408889634)
         tl.store(shift_ptr + place, tl.sum(x * mean[None, :], 1) * factor)
-    x = x / scale
+    # As exactly as the reference: what lies between two integers must not round apart.
+    x = tl.div_rn(x, scale)
     # The conversion cuts towards zero.
     y = (x + tl.where(x < 0.0, -0.5, 0.5)).to(tl.int8)
     tl.store(y_ptr + place[:, None] * D + dims[None, :], y)
@@ -123,7 +124,7 @@ def _round_channels(
         v_ptr + b * v_b + h * v_h + rows[:, None] * v_s + dims[None, :], mask=real[:, None], other=0.0
     )
     scale = tl.load(scales_ptr + row.to(tl.int64) * D + dims)
-    y = tl.trans((v.to(tl.float32) / scale[None, :]).to(y_ptr.dtype.element_ty))
+    y = tl.trans(tl.div_rn(v.to(tl.float32), scale[None, :]).to(y_ptr.dtype.element_ty))
     tl.store(y_ptr + (row.to(tl.int64) * D + dims)[:, None] * slots_in_all + (kb * C + spots)[None, :], y)
 
 

@@ -17,12 +17,13 @@ How numbers are rounded, with C slots to a block:
   denominator, is of the numbers before rounding. Sums over a block of keys are added up in float32 (two levels).
 * `qk="bf16"` and `pv="bf16"` leave a product in the dtype of its inputs, whichever that is.
 
-Slots behind a block's keys are never read. Slots behind a block's queries are rounded together with them and must not
-hold larger numbers; `Layout.arrange` leaves zeros. No gradients. One custom operation of torch,
-`vivace::low_bit_attention`, with a fake implementation.
+What stands in the slots behind a block's keys is never a key; it must be finite. Slots behind a block's queries are
+rounded together with them and must not hold larger numbers; `Layout.arrange` leaves zeros. No gradients. One custom
+operation of torch, `vivace::low_bit_attention`, with a fake implementation.
 
-`hopper` is the fast kernel for Hopper GPUs with `int8` and `fp8`, `triton` the one for all GPUs that have the number formats (compute capability 8.9 for FP8). `reference` does
-the same roundings with ordinary numbers: emulated, slower than plain attention, and taken on a GPU only by name.
+`hopper` is the fast kernel for Hopper GPUs with INT8 scores, `triton` the one for all GPUs that have the number formats
+(compute capability 8.9 for FP8). `reference` does the same roundings with ordinary numbers: emulated, slower than plain
+attention, and taken on a GPU only by name.
 """
 
 from __future__ import annotations

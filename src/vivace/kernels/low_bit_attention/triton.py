@@ -144,7 +144,8 @@ def forward(
         of_lists = [*index.stride()[:3], *count.stride()[:2]]
     added = q if bias is None else bias.float().contiguous()
     launch(
-        _attend, (nq, b * h), qr, kr, vr, out, lse, r.q_scales, r.k_scales, r.v_scales, r.shift, index, count, lengths, added,
+        _attend, (nq, b * h), qr, kr, vr, out, lse, r.q_scales, r.k_scales, r.v_scales, r.shift,
+        index, count, lengths, added,
         *qr.stride()[:3], *kr.stride()[:3], *vr.stride(), *of_lists, *strides,
         0 if bias is None else added.stride(0), h, queries, keys, qr.shape[2], kr.shape[2], scale,
         G=group, QK8=low_qk, PV8=low_pv, DENSE=routes is None, TAIL=keys % block != 0, HAS_BIAS=bias is not None,
