@@ -173,7 +173,8 @@ class Record:
         self.data: dict[str, Any] = {
             "benchmark": "attention kernels",
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "arguments": sys.argv[1:],
+            # Folders of the machine say nothing to anybody else.
+            "arguments": [Path(a).name if os.sep in a else a for a in sys.argv[1:]],
             "options": dict(options),
             "environment": environment(torch.device(device)),
             "packages": found,

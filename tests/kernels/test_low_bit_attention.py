@@ -224,7 +224,7 @@ def test_choice_says_what_runs_and_why(monkeypatch) -> None:
     if WHY_NOT:
         return
     hopper, ampere = {"device": "cuda", "capability": (9, 0)}, {"device": "cuda", "capability": (8, 0)}
-    assert choose(**hopper, head_dim=128).name == "triton"
+    assert choose(**hopper, head_dim=128).name == "hopper"
     with pytest.raises(
         ConfigError, match=r'compute capability 8\.9, and this GPU has 8\.0 \(pv="bf16" runs\)'
     ):

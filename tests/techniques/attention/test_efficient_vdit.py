@@ -18,9 +18,10 @@ CALL = {"num_frames": 17, "num_inference_steps": 3, "output_type": "latent"}
 
 
 def frames_mask(grid, references) -> torch.Tensor:
-    """Bool (S, S): a video token sees its own frame and the reference frames; text sees and is seen by all."""
+    """Bool (S, S): a video token sees its own frame and the reference frames, which see all; so does text."""
     frame = torch.arange(grid.video) // (grid.height * grid.width)
-    video = (frame[:, None] == frame) | torch.isin(frame, torch.tensor(references))
+    referred = torch.isin(frame, torch.tensor(references))
+    video = (frame[:, None] == frame) | referred | referred[:, None]
     out = torch.ones(grid.tokens, grid.tokens, dtype=torch.bool)
     start = grid.text if grid.text_first else 0
     out[start : start + grid.video, start : start + grid.video] = video

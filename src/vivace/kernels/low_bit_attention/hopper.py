@@ -7,7 +7,7 @@ find them there (a permutation inside every 16), as FlashAttention-3 does for FP
 """
 
 # Gluon's decorators turn functions into things that a type checker cannot see through.
-# pyright: reportAssignmentType=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportAssignmentType=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -44,29 +44,34 @@ def _tensor_core(columns, depth=32):
 
 @gluon.jit
 def _bring(
-    q_desc, k_desc, v_desc, index_ptr, count_ptr, index_b, index_h, index_n, count_b, count_h, v_b, v_h, v_c,
-    q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty, work, blocks, heads, query_slots, key_slots, keys,
-    C: gl.constexpr, D: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
-    PV8: gl.constexpr,
+    descriptors, lists, shared, extent, values,
+    STREAM: gl.constexpr, STREAMS: gl.constexpr, C: gl.constexpr, D: gl.constexpr, GROUPS: gl.constexpr,
+    STAGES: gl.constexpr, DENSE: gl.constexpr, PV8: gl.constexpr,
 ):  # fmt: skip
-    """The producer: for every block of queries these, then the keys and values of its list."""
+    """A producer: for every block of queries these, then the keys and values of its list."""
+    q_desc, k_desc, v_desc = descriptors
+    index_ptr, count_ptr, _, _, index_b, index_h, index_n, count_b, count_h, _, _, _ = lists
+    q_tiles, k_tiles, v_tiles, q_ready, q_empty, ready, empty = shared
+    work, blocks, heads, _, keys, query_slots, key_slots = extent
+    v_b, v_h, v_c = values
     n, turn = 0, 0
-    for task in range(gl.program_id(0), work, gl.num_programs(0)):
+    for task in range(gl.program_id(0) * STREAMS + STREAM, work, gl.num_programs(0) * STREAMS):
         block, row = task % blocks, task // blocks
         b, h = row // heads, row % heads
         index = index_ptr + (b.to(gl.int64) * index_b + h * index_h + block * index_n)
         count = (keys + C - 1) // C if DENSE else gl.load(count_ptr + b * count_b + h * count_h + block)
-        mbarrier.wait(q_empty, turn ^ 1)
-        mbarrier.expect(q_ready, q_desc.block_type.nbytes * GROUPS)
+        mbarrier.wait(q_empty.index(STREAM), turn ^ 1)
+        mbarrier.expect(q_ready.index(STREAM), q_desc.block_type.nbytes * GROUPS)
         for group in gl.static_range(GROUPS):
-            _load(q_desc, [row * query_slots + block * C + group * ROWS, 0], q_ready, q_tile.index(group))
+            first = row * query_slots + block * C + group * ROWS
+            _load(q_desc, [first, 0], q_ready.index(STREAM), q_tiles.index(STREAM * GROUPS + group))
         here = 0 if DENSE else gl.load(index)
         for t in range(count):
             # A list's next entry is on its way while this one waits for room.
-            following = (
-                gl.minimum(t + 1, count - 1) if DENSE else gl.load(index + gl.minimum(t + 1, count - 1))
-            )
-            at, phase = n % STAGES, (n // STAGES) & 1
+            following = gl.minimum(t + 1, count - 1)
+            if not DENSE:
+                following = gl.load(index + following)
+            at, phase = STREAM * STAGES + n % STAGES, (n // STAGES) & 1
             # The barriers of empty blocks begin in the phase before their first.
             mbarrier.wait(empty.index(at), phase ^ 1)
             mbarrier.expect(ready.index(at), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
@@ -150,8 +155,8 @@ def _real_keys(sizes, block, keys, C: gl.constexpr, HAS_SIZES: gl.constexpr):
 @gluon.jit
 def _attend_list(
     q, q_scale, index, scales, sizes, bias, count, keys, n, k_tiles, v_tiles, ready, empty,
-    C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr, PV8: gl.constexpr,
-    MASKED: gl.constexpr, HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
+    STREAM: gl.constexpr, C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
+    PV8: gl.constexpr, MASKED: gl.constexpr, HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """64 queries against a list, block after block: sums, maxima, a thread's sums, and blocks so far."""
     s_layout: gl.constexpr = _tensor_core(C)
@@ -164,7 +169,7 @@ def _attend_list(
     total = folded(gl.full([ROWS, C], 0.0, gl.float32, s_layout), False)
     acc = gl.full([ROWS, D], 0.0, gl.float32, o_layout)
     if count > 0:
-        at = n % STAGES
+        at = STREAM * STAGES + n % STAGES
         this = 0 if DENSE else gl.load(index)
         factor, size = q_scale * gl.load(scales + this), _real_keys(sizes, this, keys, C, HAS_SIZES)
         mbarrier.wait(ready.index(at), (n // STAGES) & 1)
@@ -175,7 +180,7 @@ def _attend_list(
         )
         weights = _operand(p, p_layout, v_tiles.dtype, C, PV8)
         for j in range(1, count):
-            to = (n + 1) % STAGES
+            to = STREAM * STAGES + (n + 1) % STAGES
             if PV8:
                 # Here and not where they are made: the compiler takes bytes that cross an iteration apart.
                 weights = _operand(p, p_layout, v_tiles.dtype, C, PV8)
@@ -207,23 +212,38 @@ def _attend_list(
 
 @gluon.jit
 def _compute(
-    out_ptr, lse_ptr, qs_ptr, ks_ptr, vs_ptr, shift_ptr, index_ptr, count_ptr, sizes_ptr, bias_ptr,
-    index_b, index_h, index_n, count_b, count_h, sizes_b, sizes_h, bias_b,
-    q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
-    work, blocks, heads, queries, keys, query_slots, key_slots,
-    group: gl.constexpr, C: gl.constexpr, D: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr,
-    DENSE: gl.constexpr, PV8: gl.constexpr, MASKED: gl.constexpr,
-    HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
+    results, scalings, lists, shared, extent,
+    STREAM: gl.constexpr, STREAMS: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, C: gl.constexpr,
+    D: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr, PV8: gl.constexpr,
+    MASKED: gl.constexpr, HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 queries of every block against its list."""
+    out_ptr, lse_ptr = results
+    qs_ptr, ks_ptr, vs_ptr, shift_ptr = scalings
+    (
+        index_ptr,
+        count_ptr,
+        sizes_ptr,
+        bias_ptr,
+        index_b,
+        index_h,
+        index_n,
+        count_b,
+        count_h,
+        sizes_b,
+        sizes_h,
+        bias_b,
+    ) = lists
+    q_tiles, k_tiles, v_tiles, q_ready, q_empty, ready, empty = shared
+    work, blocks, heads, queries, keys, query_slots, key_slots = extent
     s_layout: gl.constexpr = _tensor_core(C)
     o_layout: gl.constexpr = _tensor_core(D, 32 if PV8 else 16)
     q_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 4)
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    own = group * ROWS + gl.arange(0, ROWS, layout=s_rows)
+    own = GROUP * ROWS + gl.arange(0, ROWS, layout=s_rows)
     n, turn = 0, 0
-    for task in range(gl.program_id(0), work, gl.num_programs(0)):
+    for task in range(gl.program_id(0) * STREAMS + STREAM, work, gl.num_programs(0) * STREAMS):
         block, row = task % blocks, task // blocks
         b, h, wide = row // heads, row % heads, row.to(gl.int64)
         index = index_ptr + (b.to(gl.int64) * index_b + h * index_h + block * index_n)
@@ -231,13 +251,13 @@ def _compute(
         bias, scales = bias_ptr + b.to(gl.int64) * bias_b, ks_ptr + wide * (key_slots // C)
         count = (keys + C - 1) // C if DENSE else gl.load(count_ptr + b * count_b + h * count_h + block)
         q_scale = gl.load(qs_ptr + (wide * query_slots + block * C + own) // G)
-        mbarrier.wait(q_ready, turn)
+        mbarrier.wait(q_ready.index(STREAM), turn)
         turn ^= 1
-        q = q_tile.index(group).load(q_layout)
-        mbarrier.arrive(q_empty, count=1)
+        q = q_tiles.index(STREAM * GROUPS + GROUP).load(q_layout)
+        mbarrier.arrive(q_empty.index(STREAM), count=1)
         acc, top, total, n = _attend_list(
             q, q_scale, index, scales, sizes, bias, count, keys, n, k_tiles, v_tiles, ready, empty,
-            C, D, STAGES, DENSE, PV8, MASKED, HAS_SIZES, HAS_BIAS,
+            STREAM, C, D, STAGES, DENSE, PV8, MASKED, HAS_SIZES, HAS_BIAS,
         )  # fmt: skip
         total = gl.convert_layout(gl.sum(total, 1), s_rows)
         seen = total > 0.0
@@ -254,7 +274,7 @@ def _compute(
             seen, lse * 0.6931471805599453 + gl.load(shift_ptr + wide * query_slots + mine), float("-inf")
         )
         gl.store(lse_ptr + wide * queries + mine, lse, mask=mine < queries)
-        down = gl.expand_dims(block * C + group * ROWS + gl.arange(0, ROWS, layout=o_rows), 1)
+        down = gl.expand_dims(block * C + GROUP * ROWS + gl.arange(0, ROWS, layout=o_rows), 1)
         place = wide * queries * D + down * D + gl.expand_dims(across, 0)
         gl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=down < queries)
 
@@ -265,70 +285,67 @@ def _attend(
     index_ptr, count_ptr, sizes_ptr, bias_ptr,
     index_b, index_h, index_n, count_b, count_h, sizes_b, sizes_h, bias_b, v_b, v_h, v_c,
     work, blocks, heads, queries, keys, query_slots, key_slots,
-    C: gl.constexpr, D: gl.constexpr, G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-    DENSE: gl.constexpr, PV8: gl.constexpr, MASKED: gl.constexpr,
+    C: gl.constexpr, D: gl.constexpr, G: gl.constexpr, STREAMS: gl.constexpr, GROUPS: gl.constexpr,
+    STAGES: gl.constexpr, DENSE: gl.constexpr, PV8: gl.constexpr, MASKED: gl.constexpr,
     HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
-    q_tile = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, ROWS, D], q_desc.layout)
-    k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, C, D], k_desc.layout)
+    q_tiles = gl.allocate_shared_memory(q_desc.dtype, [STREAMS * GROUPS, ROWS, D], q_desc.layout)
+    k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STREAMS * STAGES, C, D], k_desc.layout)
     v_tiles = gl.allocate_shared_memory(
-        v_desc.dtype, [STAGES, D, C] if PV8 else [STAGES, C, D], v_desc.layout
+        v_desc.dtype, [STREAMS * STAGES, D, C] if PV8 else [STREAMS * STAGES, C, D], v_desc.layout
     )
-    q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_ready, count=1)
-    mbarrier.init(q_empty, count=GROUPS)
-    for stage in gl.static_range(STAGES):
+    q_ready = gl.allocate_shared_memory(gl.int64, [STREAMS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [STREAMS, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [STREAMS * STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STREAMS * STAGES, 1], mbarrier.MBarrierLayout())
+    for stream in gl.static_range(STREAMS):
+        mbarrier.init(q_ready.index(stream), count=1)
+        mbarrier.init(q_empty.index(stream), count=GROUPS)
+    for stage in gl.static_range(STREAMS * STAGES):
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=GROUPS)
+    descriptors, results = (q_desc, k_desc, v_desc), (out_ptr, lse_ptr)
+    scalings, values = (qs_ptr, ks_ptr, vs_ptr, shift_ptr), (v_b, v_h, v_c)
+    lists = (
+        index_ptr, count_ptr, sizes_ptr, bias_ptr,
+        index_b, index_h, index_n, count_b, count_h, sizes_b, sizes_h, bias_b,
+    )  # fmt: skip
+    shared = (q_tiles, k_tiles, v_tiles, q_ready, q_empty, ready, empty)
+    extent = (work, blocks, heads, queries, keys, query_slots, key_slots)
     # Constants stay constants only in tuples that are written where they are passed.
     # fmt: off
-    if GROUPS == 1:
+    if STREAMS == 3:
         gl.warp_specialize([
-            (_compute, (
-            out_ptr, lse_ptr, qs_ptr, ks_ptr, vs_ptr, shift_ptr, index_ptr, count_ptr, sizes_ptr, bias_ptr,
-            index_b, index_h, index_n, count_b, count_h, sizes_b, sizes_h, bias_b,
-            q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
-            work, blocks, heads, queries, keys, query_slots, key_slots,
-            0, C, D, G, STAGES, DENSE, PV8, MASKED, HAS_SIZES, HAS_BIAS,
-        )),
-            (_bring, (
-            q_desc, k_desc, v_desc, index_ptr, count_ptr, index_b, index_h, index_n, count_b, count_h, v_b, v_h, v_c,
-            q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
-            work, blocks, heads, query_slots, key_slots, keys, C, D, GROUPS, STAGES, DENSE, PV8,
-        )),
+            (_compute, (results, scalings, lists, shared, extent,
+                        0, STREAMS, 0, GROUPS, C, D, G, STAGES, DENSE, PV8, MASKED, HAS_SIZES, HAS_BIAS)),
+            (_compute, (results, scalings, lists, shared, extent,
+                        1, STREAMS, 0, GROUPS, C, D, G, STAGES, DENSE, PV8, MASKED, HAS_SIZES, HAS_BIAS)),
+            (_compute, (results, scalings, lists, shared, extent,
+                        2, STREAMS, 0, GROUPS, C, D, G, STAGES, DENSE, PV8, MASKED, HAS_SIZES, HAS_BIAS)),
+            (_bring, (descriptors, lists, shared, extent, values, 0, STREAMS, C, D, GROUPS, STAGES, DENSE, PV8)),
+            (_bring, (descriptors, lists, shared, extent, values, 1, STREAMS, C, D, GROUPS, STAGES, DENSE, PV8)),
+            (_bring, (descriptors, lists, shared, extent, values, 2, STREAMS, C, D, GROUPS, STAGES, DENSE, PV8)),
+        ], [4, 4, 1, 1, 1], [160, 160, 24, 24, 24])
+    elif GROUPS == 1:
+        gl.warp_specialize([
+            (_compute, (results, scalings, lists, shared, extent,
+                        0, STREAMS, 0, GROUPS, C, D, G, STAGES, DENSE, PV8, MASKED, HAS_SIZES, HAS_BIAS)),
+            (_bring, (descriptors, lists, shared, extent, values, 0, STREAMS, C, D, GROUPS, STAGES, DENSE, PV8)),
         ], [1], [24])
     else:
         gl.warp_specialize([
-            (_compute, (
-            out_ptr, lse_ptr, qs_ptr, ks_ptr, vs_ptr, shift_ptr, index_ptr, count_ptr, sizes_ptr, bias_ptr,
-            index_b, index_h, index_n, count_b, count_h, sizes_b, sizes_h, bias_b,
-            q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
-            work, blocks, heads, queries, keys, query_slots, key_slots,
-            0, C, D, G, STAGES, DENSE, PV8, MASKED, HAS_SIZES, HAS_BIAS,
-        )),
-            (_compute, (
-            out_ptr, lse_ptr, qs_ptr, ks_ptr, vs_ptr, shift_ptr, index_ptr, count_ptr, sizes_ptr, bias_ptr,
-            index_b, index_h, index_n, count_b, count_h, sizes_b, sizes_h, bias_b,
-            q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
-            work, blocks, heads, queries, keys, query_slots, key_slots,
-            1, C, D, G, STAGES, DENSE, PV8, MASKED, HAS_SIZES, HAS_BIAS,
-        )),
-            (_bring, (
-            q_desc, k_desc, v_desc, index_ptr, count_ptr, index_b, index_h, index_n, count_b, count_h, v_b, v_h, v_c,
-            q_tile, k_tiles, v_tiles, q_ready, q_empty, ready, empty,
-            work, blocks, heads, query_slots, key_slots, keys, C, D, GROUPS, STAGES, DENSE, PV8,
-        )),
+            (_compute, (results, scalings, lists, shared, extent,
+                        0, STREAMS, 0, GROUPS, C, D, G, STAGES, DENSE, PV8, MASKED, HAS_SIZES, HAS_BIAS)),
+            (_compute, (results, scalings, lists, shared, extent,
+                        0, STREAMS, 1, GROUPS, C, D, G, STAGES, DENSE, PV8, MASKED, HAS_SIZES, HAS_BIAS)),
+            (_bring, (descriptors, lists, shared, extent, values, 0, STREAMS, C, D, GROUPS, STAGES, DENSE, PV8)),
         ], [4, 1], [240, 24])
     # fmt: on
 
 
-def stages(block: int, dim: int, value_bytes: int) -> int:
-    """Blocks of keys (and of values) in shared memory at a time."""
-    at_once = 2 if block == ROWS.value else 1  # programs of one group share a multiprocessor
-    return max(2, min(5, (SHARED // at_once - block * dim - 1024) // ((1 + value_bytes) * block * dim)))
+def stages(block: int, dim: int, value_bytes: int, streams: int) -> int:
+    """Blocks of keys (and of values) in shared memory at a time, for each of a multiprocessor's lists."""
+    return max(2, min(5, (SHARED // streams - block * dim - 1024) // ((1 + value_bytes) * block * dim)))
 
 
 def forward(
@@ -354,9 +371,9 @@ def forward(
 
 def attend(
     q: torch.Tensor, r: Rounded, routes: Routes | None, sizes: torch.Tensor | None, bias: torch.Tensor | None,
-    keys: int, block: int, group: int, depth: int = 0,
+    keys: int, block: int, group: int, depth: int = 0, streams: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The attention kernel alone. `depth`, blocks in shared memory, is for measurements.
+    """The attention kernel alone. `depth` (blocks in shared memory) and `streams` are for measurements.
 
     Args:
         q: (B, H, SQ, D), for shape and dtype.
@@ -382,16 +399,20 @@ def attend(
     added = r.shift if bias is None else _padded(bias.float(), key_slots)
     blocks = query_slots // block
     work = blocks * b * h
-    programs = min(work, multiprocessors(q.device) * (2 if block == ROWS.value else 1))
+    # Lists that a multiprocessor works on together: three in one program, or one each in two.
+    streams = streams or (1 if block > ROWS.value else 2)
+    at_once = 2 if streams == 2 else 1
+    programs = min(work, multiprocessors(q.device) * at_once)
     launch(
         _attend, (programs,), _described(r.q.view(-1, d), [ROWS.value, d], gl.int8),
         _described(r.k.view(-1, d), [block, d], gl.int8), values, out, lse, r.q_scales, r.k_scales, r.v_scales, r.shift,
         index, count, lengths, added, *of_lists, *strides, 0 if bias is None else added.stride(0), *steps,
         work, blocks, h, queries, keys, query_slots, key_slots,
-        C=block, D=d, G=group, GROUPS=block // ROWS.value, STAGES=depth or stages(block, d, 1 if pv8 else 2),
+        C=block, D=d, G=group, STREAMS=3 if streams == 3 else 1, GROUPS=block // ROWS.value,
+        STAGES=depth or stages(block, d, 1 if pv8 else 2, streams),
         DENSE=routes is None, PV8=pv8,
         MASKED=sizes is not None or keys % block != 0, HAS_SIZES=sizes is not None, HAS_BIAS=bias is not None,
-        num_warps=4, maxnreg=168 if block > ROWS.value else 128,
+        num_warps=4, maxnreg=168 if streams == 1 else 128,
     )  # fmt: skip
     return out, lse
 

@@ -135,12 +135,8 @@ def _load(name: str) -> Callable[[], Callable[..., Any]]:
 def _refuse_hopper(context: Mapping[str, Any]) -> str | None:
     if reason := refuse_block_hopper(context):
         return reason
-    modes = context.get("qk", "int8"), context.get("pv", "fp8")
-    return (
-        None
-        if modes == ("int8", "fp8")
-        else f"it is for int8 scores and fp8 values, not {' and '.join(modes)}"
-    )
+    qk = context.get("qk", "int8")
+    return None if qk == "int8" else f"it is for int8 scores, not {qk}"
 
 
 register(OP, Candidate("hopper", _refuse_hopper, _load("hopper")))

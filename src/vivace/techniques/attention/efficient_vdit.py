@@ -36,9 +36,9 @@ class EfficientVDiT(SearchedSparse):
             title="Efficient-vDiT: Efficient Video Diffusion Transformers With Attention Tile",
             arxiv="2502.06155",
             differs="the masks alone, without the original's consistency distillation and knowledge distillation, "
-            "which give back what the masks cost; reference frames are spread evenly over the clip (our reading) and "
-            "see as little as others do, where the paper's sparsities are those of masks in which they see everything; "
-            "layers are chosen by the mean error of their heads' outputs",
+            "which give back what the masks cost; reference frames are spread evenly over the clip (our reading), see "
+            "everything and are seen by all, as the paper's sparsities ask for; layers are chosen by the mean error of "
+            "their heads' outputs",
         ),
         needs=(Need.ATTENTION_SITES, Need.TOKEN_GRID),
         fidelity=0.4,

@@ -74,8 +74,9 @@ class FrameBlocks:
         return self.skip() | self._referred(count)
 
     def frames(self, count: int) -> np.ndarray:
-        """Blocks of the same frame, and all blocks of `count` reference frames: bool (N, N)."""
-        return np.equal.outer(self.frame, self.frame) | self._referred(count)
+        """Blocks of the same frame; all blocks of `count` reference frames see everything and are seen: bool (N, N)."""
+        referred = self._referred(count)
+        return np.equal.outer(self.frame, self.frame) | referred | referred.T
 
     def skip(self) -> np.ndarray:
         """Each block itself: bool (N, N)."""
