@@ -22,6 +22,15 @@ def _same_threads():
     return
 
 
+@pytest.fixture(autouse=True)
+def _gradients_stay_on():
+    """What a test switches off must not spoil the tests behind it."""
+    yield
+    leaked = not torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert not leaked, "gradients were left switched off"
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():

@@ -393,6 +393,7 @@ class Bench:
         clear(self.device)
 
 
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -433,7 +434,6 @@ def main() -> None:
     record = Record(asked.out, device, {"sizes": sizes, "blocks": blocks, "densities": densities})
     bench = Bench(record, Clock(asked.budget), device, asked.repeats)
 
-    torch.set_grad_enabled(False)
     for name in sizes:
         setup = Setup(SIZES[name], device, torch.float32 if small else torch.bfloat16)
         work: list[tuple[str, Callable[[], None]]] = []

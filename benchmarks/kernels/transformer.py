@@ -234,6 +234,7 @@ class Bench:
         self.record.save()
 
 
+@torch.no_grad()
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run what the command line asks for; returns the record."""
     parser = argparse.ArgumentParser(
@@ -278,7 +279,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for block in args.block or (64, 128):
         found = techniques(bench.grid, block, args.density)
         contenders |= {n: t for n, t in found.items() if n.startswith(tuple(args.only or [""]))}
-    torch.set_grad_enabled(False)
     for name, technique in dict(contenders).items():
         try:
             if bench.clock.over:
