@@ -279,6 +279,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for block in args.block or (64, 128):
         found = techniques(bench.grid, block, args.density)
         contenders |= {n: t for n, t in found.items() if n.startswith(tuple(args.only or [""]))}
+    if len(contenders) == 2:
+        parser.error(f"no sparse contender's name begins with {' or '.join(args.only)} at this shape.")
     for name, technique in dict(contenders).items():
         try:
             if bench.clock.over:

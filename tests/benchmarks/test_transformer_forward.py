@@ -134,3 +134,10 @@ def test_bad_input_is_told(modules, wrong, capsys) -> None:
         modules("transformer").main(["--tiny", "--device", "cpu", *wrong])
     assert end.value.code == 2
     assert wrong[0] in capsys.readouterr().err
+
+
+def test_a_contender_that_is_none_is_refused_before_anything_runs(modules, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        modules("transformer").main(["--tiny", "--device", "cpu", "--block", "64", "--only", "nothing"])
+    assert stopped.value.code == 2
+    assert "begins with nothing" in capsys.readouterr().err

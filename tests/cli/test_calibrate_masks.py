@@ -74,7 +74,7 @@ def test_orders_hold_the_mass_that_is_asked_for(vivace, folder: Path, here: Path
         (("--technique", "sparse_vdit@density=2"), "density"),
         (("--technique", "paro@mass=much"), "shares from 0 to 1"),
         (("--technique", "paro@mass=1.5"), "are shares"),
-        (("--technique", "sparse"), "needs a --target"),
+        (("--technique", "sparse"), "no technique is called 'sparse'"),
     ],
 )
 def test_wrong_words_are_one_sentence(vivace, folder: Path, here: Path, arguments, phrase: str) -> None:

@@ -126,6 +126,7 @@ def calibrate(
     from vivace.core.errors import ConfigError
     from vivace.plans.plan import Plan
     from vivace.plans.solving import technique_for
+    from vivace.techniques.base import registry
 
     wish = _target(target) if target else None
     if solver is not None and (wish is not None or technique != SCHEDULE):
@@ -135,6 +136,8 @@ def calibrate(
     sought = wanted(technique) if solver is None and wish is None and is_masked(technique) else None
     alone = solver is None and wish is None and sought is None
     if alone and (plan_file is not None or technique != SCHEDULE):
+        if technique != SCHEDULE:
+            registry[technique.partition("@")[0]]  # a wrong name is told before what else is missing
         option = "--plan-file" if plan_file is not None else "--technique"
         raise ConfigError(f"{option} needs a --target, for example --target speedup=2.")
     # Wrong names and settings are told before anything is run.
