@@ -25,8 +25,9 @@ LAYOUTS = ("B H S D", "B S H D")
 LSE = {"hopper": 2e-2, "triton": 2e-2, "gather": 6e-2}
 """Largest error of log-sum-exps. The gathered kernel's scores come out of a matrix product in the dtype of its inputs:
 rounded to bfloat16, a score of 16 is off by up to 0.03 before anything is summed."""
-FP8 = 5e-3
-"""Relative distance of FP8 products on tensor cores, which add in fewer bits than float32, from the emulation."""
+FP8 = 8e-3
+"""Relative distance of FP8 products on tensor cores, which add in fewer bits than float32, from the emulation:
+.0057 where a row sees few keys, and one probability that rounds the other way stands out."""
 
 
 def call(block: int, dim: int, sizes: bool, bias: bool, layout: str, blocks: int = 9) -> tuple:

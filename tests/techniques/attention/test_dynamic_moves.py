@@ -10,11 +10,13 @@ from vivace.kernels.arrange_blocks.op import mover
 from vivace.kernels.block_attention.op import block_attention
 from vivace.kernels.block_select.op import select_blocks
 from vivace.techniques.attention.adaspa import AdaSpa
+from vivace.techniques.attention.chipmunk import Chipmunk
 from vivace.techniques.attention.draft_attention import DraftAttention, largest
-from vivace.techniques.attention.dynamic import View
+from vivace.techniques.attention.dynamic import SparseSite, View
 from vivace.techniques.attention.jenga import Jenga
 from vivace.techniques.attention.pisa import Pisa
 from vivace.techniques.attention.sparge import SpargeAttention
+from vivace.techniques.attention.svg2 import Svg2
 from vivace.techniques.attention.vmoba import VideoMoba
 from vivace.techniques.attention.vsa import VideoSparseAttention
 from vivace.techniques.attention.xattention import XAttention
@@ -89,6 +91,31 @@ def test_gradients_are_the_same() -> None:
     for a, b in zip(*found, strict=True):
         assert a.abs().max() > 0.0
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(bool(interpret()), reason=interpret() or "runs")
+@pytest.mark.parametrize(
+    "technique",
+    [Chipmunk(columns=0.2), Svg2(share=0.3, mass=0.1, first=2), METHODS[6]],
+    ids=lambda t: t.card.name,
+)
+def test_pairs_are_counted_alike(technique) -> None:
+    """The fused pass brings its own count of pairs, as on a GPU; what a call leaves for the next must be fit for it."""
+    grid, pairs = GRIDS[0], []
+    for fused in (False, True):
+        site = SparseSite(technique, None)
+        site.layout = layout = technique.layout(grid)
+        if fused:
+            layout._mover = mover("triton")
+        site.select, site.attend = technique.selector(device="cpu").run, block_attention
+        found = []
+        for seed in (0, 1):  # a call that chooses, and one that has what the first left
+            site(*noise(grid, seed))
+            found.append(float(site.pairs(BATCH, HEADS, grid.tokens, grid.tokens)))
+            site.kept = site.last if technique.refresh > 1 else None
+        pairs.append(found)
+    assert pairs[0] == pairs[1]
+    assert pairs[0][1] < BATCH * HEADS * grid.tokens**2
 
 
 def test_a_map_keeps_its_share_among_equal_entries() -> None:

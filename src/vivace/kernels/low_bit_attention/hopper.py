@@ -42,6 +42,67 @@ def _tensor_core(columns, depth=32):
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, depth])
 
 
+@gluon.constexpr_function
+def _unless_all_one(number):
+    """Assembly of so many numbers times as many factors, which a warp jumps over where its factors are all 1.
+
+    A thread's numbers are of two rows, which change every second number; only the first factor of each row is asked.
+    """
+    out, x, by = 0, number, 2 * number
+    lines = [
+        "{ .reg .pred differs, any;",
+        f"setp.neu.f32 differs, ${by}, 0f3F800000;",
+        f"setp.neu.or.f32 differs, ${by + 2}, 0f3F800000, differs;",
+        "vote.sync.any.pred any, differs, 0xffffffff;",
+        *(f"mov.f32 ${out + i}, ${x + i};" for i in range(number)),
+        "@!any bra DONE;",
+        *(f"mul.f32 ${out + i}, ${out + i}, ${by + i};" for i in range(number)),
+        "DONE: }",
+    ]
+    return " ".join(lines)
+
+
+@gluon.constexpr_function
+def _unless_operands(number):
+    return ",".join(["=&f"] * number + ["f"] * (2 * number))
+
+
+_BEHIND = gl.constexpr(
+    "{ .reg .pred below; setp.lt.f32 below, $2, 0f00000000; setp.lt.or.f32 below, $3, 0f00000000, below; "
+    "mov.f32 $0, $2; mov.f32 $1, $3; @!below bra DONE; "
+    + "fma.rn.f32 $0, $0, $1, $2; fma.rn.f32 $1, $1, $0, $3; " * 16
+    + "DONE: }"
+)
+
+
+@gluon.jit
+def _shrunk(acc, shrink, LAZY: gl.constexpr):
+    """Sums times what they shrink by, row by row; LAZY: mostly by nothing, and then skipped."""
+    by = gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout)), 1)
+    if LAZY:
+        number: gl.constexpr = acc.shape[1] // 2
+        acc = gl.inline_asm_elementwise(
+            _unless_all_one(number),
+            _unless_operands(number),
+            [acc, by],
+            dtype=gl.float32,
+            is_pure=True,
+            pack=number,
+        )
+    else:
+        acc = acc * by
+    return acc
+
+
+@gluon.jit
+def _settled(total):
+    """Sums of threads, behind a branch that is never taken (they are not negative).
+
+    The assembler moves nothing across a branch. Without one it waits for the values in the middle of the exponentials.
+    """
+    return gl.inline_asm_elementwise(_BEHIND, "=&f,=&f,f,f", [total], dtype=gl.float32, is_pure=False, pack=2)
+
+
 @gluon.jit
 def _bring(
     descriptors, lists, shared, extent, values,
@@ -88,12 +149,14 @@ def _bring(
 @gluon.jit
 def _weigh(
     s, top, total, factor, size, spots, bias_ptr,
-    C: gl.constexpr, PV8: gl.constexpr, MASKED: gl.constexpr, HAS_SIZES: gl.constexpr, HAS_BIAS: gl.constexpr,
+    C: gl.constexpr, PV8: gl.constexpr, LAZY: gl.constexpr, MASKED: gl.constexpr, HAS_SIZES: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Probabilities of a block, what earlier sums shrink by, new maxima of rows and sums of threads.
 
     `s` are integer scores over OFFSET_BITS, `factor` what they stand for by row, in base 2. For FP8 probabilities come
-    448 times as large: they fill its range, and the factor cancels in the end.
+    448 times as large: they fill its range, and the factor cancels in the end. LAZY: a row keeps its maximum until one
+    is 2^8 times as large (FlashAttention-4 does so), which changes nothing in numbers with eight bits of exponent.
     """
     s = s.to(gl.float32, bitcast=True)
     if HAS_BIAS:
@@ -105,7 +168,7 @@ def _weigh(
     best = gl.convert_layout(gl.max(folded(s, True), 1), top.type.layout)
     if not HAS_BIAS:
         best = (best - OFFSET) * factor
-    higher = gl.maximum(top, best)
+    higher = gl.where(best > top + 8.0, best, top) if LAZY else gl.maximum(top, best)
     base = gl.where(higher == float("-inf"), 0.0, higher) if HAS_SIZES or HAS_BIAS else higher
     shrink = gl.exp2(top - base)
     lower = base - 8.807354922057604 if PV8 else base
@@ -162,7 +225,9 @@ def _attend_list(
     s_layout: gl.constexpr = _tensor_core(C)
     o_layout: gl.constexpr = _tensor_core(D, 32 if PV8 else 16)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 4 if PV8 else 2)
-    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    # For FP8 both were measured to gain nothing.
+    LAZY: gl.constexpr = not PV8
+    SETTLE: gl.constexpr = not PV8 and C > ROWS
     blank = gl.full([ROWS, C], OFFSET_BITS, gl.int32, s_layout)
     spots = gl.arange(0, C, layout=gl.SliceLayout(0, s_layout))
     top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
@@ -176,7 +241,7 @@ def _attend_list(
         scores = warpgroup_mma(q, k_tiles.index(at).permute((1, 0)), blank, is_async=True)
         s = warpgroup_mma_wait(0, deps=(scores,))
         p, shrink, top, total = _weigh(
-            s, top, total, factor, size, spots, bias + this * C, C, PV8, MASKED, HAS_SIZES, HAS_BIAS
+            s, top, total, factor, size, spots, bias + this * C, C, PV8, LAZY, MASKED, HAS_SIZES, HAS_BIAS
         )
         weights = _operand(p, p_layout, v_tiles.dtype, C, PV8)
         for j in range(1, count):
@@ -186,14 +251,16 @@ def _attend_list(
                 weights = _operand(p, p_layout, v_tiles.dtype, C, PV8)
             mbarrier.wait(ready.index(to), ((n + 1) // STAGES) & 1)
             scores = warpgroup_mma(q, k_tiles.index(to).permute((1, 0)), blank, is_async=True)
-            acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
+            acc = _shrunk(acc, shrink, LAZY)
             adding = warpgroup_mma(weights, _values(v_tiles, at, PV8), acc, is_async=True)
             this = j if DENSE else gl.load(index + j)
             factor, size = q_scale * gl.load(scales + this), _real_keys(sizes, this, keys, C, HAS_SIZES)
             s = warpgroup_mma_wait(1, deps=(scores,))
             p, shrink, top, total = _weigh(
-                s, top, total, factor, size, spots, bias + this * C, C, PV8, MASKED, HAS_SIZES, HAS_BIAS
+                s, top, total, factor, size, spots, bias + this * C, C, PV8, LAZY, MASKED, HAS_SIZES, HAS_BIAS
             )
+            if SETTLE:
+                total = _settled(total)
             acc = warpgroup_mma_wait(0, deps=(adding,))
             mbarrier.arrive(empty.index(at), count=1)
             if not PV8:
@@ -202,7 +269,7 @@ def _attend_list(
             at = to
         if PV8:
             weights = _operand(p, p_layout, v_tiles.dtype, C, PV8)
-        acc = acc * gl.expand_dims(gl.convert_layout(shrink, o_rows), 1)
+        acc = _shrunk(acc, shrink, LAZY)
         adding = warpgroup_mma(weights, _values(v_tiles, at, PV8), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(adding,))
         mbarrier.arrive(empty.index(at), count=1)
@@ -399,8 +466,8 @@ def attend(
     added = r.shift if bias is None else _padded(bias.float(), key_slots)
     blocks = query_slots // block
     work = blocks * b * h
-    # Lists that a multiprocessor works on together: three in one program, or one each in two.
-    streams = streams or (1 if block > ROWS.value else 2)
+    # Lists that a multiprocessor works on together: one, one each in two programs, or three in one.
+    streams = streams or (1 if block > ROWS.value else 3 if pv8 else 2)
     at_once = 2 if streams == 2 else 1
     programs = min(work, multiprocessors(q.device) * at_once)
     launch(
