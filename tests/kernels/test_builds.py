@@ -20,6 +20,9 @@ LARGEST = (
     "low_bit_attention 64 fp8 dense",
     "low_bit_attention hopper 128 fp8 dense",
     "low_bit_attention hopper 128 bf16 with",
+    "quantise_rows int8 gelu",
+    "scaled_matmul int8 gated",
+    "scaled_matmul hopper fp8 gated",
 )
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernels" / "build_kernels.py"
 
