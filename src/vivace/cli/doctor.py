@@ -6,8 +6,11 @@ from typing import Annotated
 
 import typer
 
+from vivace.cli.shared import options
+
 NOT_READY = 1
 SHAPE = "Shape for --attention"
+MEMORY = "Memory of a clip"
 
 
 def doctor(
@@ -20,8 +23,45 @@ def doctor(
     ] = False,
     model: Annotated[
         str,
-        typer.Option("--model", "-m", help="Whose shape is timed: as for generate.", rich_help_panel=SHAPE),
+        typer.Option(
+            "--model",
+            "-m",
+            help="Whose shape is timed, or whose memory told: as for generate, or a known name.",
+            rich_help_panel=SHAPE,
+        ),
     ] = "tiny",
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            "--shape",
+            help="A clip as FRAMESxHEIGHTxWIDTH: what it takes, and what would make it fit.",
+            show_default=False,
+            rich_help_panel=MEMORY,
+        ),
+    ] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            "--plan",
+            "-p",
+            help="With this plan: a preset or a file; the exact run when left out.",
+            show_default=False,
+            rich_help_panel=MEMORY,
+        ),
+    ] = None,
+    dtype: Annotated[
+        options.DType, typer.Option("--dtype", help="Precision; auto is bf16.", rich_help_panel=MEMORY)
+    ] = options.DType.AUTO,
+    device_gib: Annotated[
+        float | None,
+        typer.Option(
+            "--device-gib",
+            min=0.001,
+            help="Memory of the device in GiB, in place of this machine's.",
+            show_default=False,
+            rich_help_panel=MEMORY,
+        ),
+    ] = None,
     tokens: Annotated[
         int | None,
         typer.Option(
@@ -47,12 +87,20 @@ def doctor(
 ) -> None:
     """What this machine has and what can run on it.
 
-    Exit code 0 when the embedded model can run.
+    With --shape, what a clip takes: memory by component and stage, and the cheapest way to make it fit. Nothing is
+    loaded. Exit code 0 when the embedded model can run.
     """
     from vivace.cli.shared import health
     from vivace.cli.shared.screen import screen
     from vivace.core.errors import ConfigError
 
+    if shape is not None:
+        from vivace.cli.shared.memory import tell
+
+        tell(model, shape, plan, dtype, device_gib, as_json)
+        return
+    if plan is not None or device_gib is not None:
+        raise ConfigError("memory is told for a clip; add --shape FRAMESxHEIGHTxWIDTH.")
     if not attention and (model != "tiny" or any(x is not None for x in (tokens, heads, head_dim))):
         raise ConfigError("a shape is timed with --attention; add it, or leave the shape out.")
 

@@ -42,6 +42,8 @@ class Evaluation:
     by: list[str] = field(default_factory=list)
     variant: tuple[str, ...] = ()
     """Set by a technique whose blocks cost more in some evaluations than in others of the same shape (dense steps)."""
+    lengths: dict[int, int] = field(default_factory=dict)
+    """Shortened sequence length -> the whole one, set by a technique that drops tokens: prices the dense equivalent."""
 
     @property
     def entered(self) -> bool:

@@ -70,11 +70,23 @@ class Meter:
         self._frames.clear()
         self.active = False
 
-    def product(self, flops: float) -> None:
-        """A matrix product or convolution of so many FLOPs was executed."""
+    def product(self, flops: float, tokens: int = 0) -> None:
+        """A matrix product or convolution of so many FLOPs was executed, for `tokens` vectors of each sample."""
         frame = self._frames[-1]
         frame.flops += flops
-        frame.flops_dense += flops
+        frame.flops_dense += flops * self.stretch(tokens)
+
+    def beside(self, flops: float) -> None:
+        """A technique's own products, which the dense model does not have."""
+        if self.active:
+            self._frames[-1].flops += flops
+
+    def stretch(self, length: int) -> float:
+        """The whole length of a sequence over this one: above 1 where tokens were dropped (`Evaluation.lengths`)."""
+        evaluation = self.clock.evaluation
+        if not length or evaluation is None:
+            return 1.0
+        return evaluation.lengths.get(length, length) / length
 
     def attention(
         self, pairs: float, pairs_dense: float, head_dim: int, again: Callable[[int], float] | None = None

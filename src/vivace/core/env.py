@@ -9,9 +9,15 @@ import json
 import os
 import platform
 import time
+from pathlib import Path
 from typing import Any
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "torchao", "triton", "numpy")
+
+
+def cache_folder(part: str) -> Path:
+    """Where files of one kind are kept between runs: in the folder named by `VIVACE_CACHE`, or `~/.cache/vivace`."""
+    return Path(os.environ.get("VIVACE_CACHE") or Path.home() / ".cache" / "vivace") / part
 
 
 @functools.cache

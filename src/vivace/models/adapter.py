@@ -54,6 +54,8 @@ class BlockLayout:
     time: str = "temb"
     batched: tuple[str, ...] = ("hidden_states", "encoder_hidden_states", "temb")
     kind: str = "blocks"
+    rotary: str = "image_rotary_emb"
+    """Rotary position factors (cos, sin) of the video tokens."""
 
 
 @dataclass(eq=False)
@@ -238,6 +240,10 @@ class ModelDescription:
     boundary_ratio: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False, repr=False)
     """The pipeline's own settings beside its components, e.g. `expand_timesteps`."""
+    configs: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=dict, hash=False, compare=False, repr=False
+    )
+    """Configurations by component, as far as they are known."""
     weights: str = field(default="", compare=False)
     """Hash of the loaded weights, where somebody needed it (`vivace.calibration.artifact.model_hash`)."""
 
@@ -305,6 +311,8 @@ class Adapter:
     """Path of a linear inside a block -> role."""
     attention: ClassVar[Mapping[str, str]] = {}
     """Attribute of an attention module inside a block -> kind."""
+    rotary: ClassVar[str] = "image_rotary_emb"
+    """Argument of a self- or joint-attention module that takes the rotary factors; see `rotary_at` for their shapes."""
     feed_forward: ClassVar[Mapping[str, str]] = {}
     """Attribute of a feed-forward module inside a block -> kind (see `FeedForwardSite`).
 
@@ -318,6 +326,12 @@ class Adapter:
     """The pipelines want height and width to be multiples of this, whatever VAE and patch size are."""
     guidance_argument: ClassVar[str] = "guidance_scale"
     """The call argument above 1 of which the unconditional branch is evaluated."""
+    template_tokens: ClassVar[int] = 0
+    """Tokens that the pipeline lays around a prompt for its first text encoder, and cuts off again."""
+    all_hidden_states: ClassVar[bool] = False
+    """Whether the pipeline asks its first text encoder for the states of all layers."""
+    decode_chunk: ClassVar[int] = 0
+    """Latent frames that the VAE decodes at a time, carrying a cache of past ones along; 0 where it does otherwise."""
     usual: ClassVar[Mapping[str, Any]] = {}
     """Call arguments the family's models are usually run with."""
 

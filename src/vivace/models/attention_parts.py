@@ -25,3 +25,24 @@ def per_head(attn: Any, mask: torch.Tensor | None, keys: torch.Tensor) -> torch.
         return None
     rows, length = keys.shape[:2]
     return attn.prepare_attention_mask(mask, length, rows).view(rows, attn.heads, -1, length)
+
+
+def by_token(factors: torch.Tensor) -> torch.Tensor:
+    """Rotary factors (S, D), or (B, S, D) where every row has positions of its own, as (1 or B, S, 1, D)."""
+    return (factors if factors.ndim == 3 else factors[None])[:, :, None]
+
+
+def rotary_at(factors: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The rotary factors of some tokens, chosen for every row by itself.
+
+    Args:
+        factors: (S, D), (1, S, 1, D), or (B, S, D) as the families' blocks take them.
+        index: (B, K) int64, positions in the sequence.
+
+    Returns:
+        (B, K, D) for two or three axes, (B, K, 1, D) for four; the kernel processors of all families take these.
+    """
+    if factors.ndim == 3:
+        return factors.gather(1, index[:, :, None].expand(-1, -1, factors.shape[2]))
+    flat = factors.reshape(-1, factors.shape[-1])
+    return flat[index] if factors.ndim == 2 else flat[index][:, :, None]

@@ -14,7 +14,7 @@ import torch
 from vivace.core.context import COND
 from vivace.core.shapes import TokenGrid, Workload
 from vivace.models.adapter import Adapter, AttentionSite, BlockLayout, Guidance, ModelDescription
-from vivace.models.attention_parts import per_head, rotate_pairs
+from vivace.models.attention_parts import by_token, per_head, rotate_pairs
 
 
 class CogVideoXAdapter(Adapter):
@@ -23,6 +23,7 @@ class CogVideoXAdapter(Adapter):
     family = "cogvideox"
     transformer_classes = ("CogVideoXTransformer3DModel",)
     guidance = Guidance.FUSED
+    decode_chunk = 2
     joint_text = "first"
     layouts: ClassVar[Mapping[str, BlockLayout]] = {
         "transformer_blocks": BlockLayout(
@@ -111,7 +112,7 @@ class CogVideoXKernelProcessor:
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
         if image_rotary_emb is not None:
-            cos, sin = (f[None, :, None].to(q.device) for f in image_rotary_emb)
+            cos, sin = (by_token(f).to(q.device) for f in image_rotary_emb)
             q, k = (torch.cat([y[:, :text], rotate_pairs(y[:, text:], cos, sin)], dim=1) for y in (q, k))
         out = attn.to_out[1](attn.to_out[0](self.kernel(q, k, v, mask).flatten(2, 3)))
         return out[:, text:], out[:, :text]

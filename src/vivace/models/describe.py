@@ -15,7 +15,7 @@ from vivace.models.families import by_class, for_module
 _facts: weakref.WeakKeyDictionary[Any, tuple[str, Mapping[str, Any]]] = weakref.WeakKeyDictionary()
 """Name and call defaults of pipelines we loaded: what a live pipeline cannot tell about itself."""
 
-_CONFIGURED = (*EXPERTS, "vae", "scheduler", "text_encoder")
+_CONFIGURED = (*EXPERTS, "vae", "scheduler", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def remember(pipeline: Any, name: str = "", defaults: Mapping[str, Any] | None = None) -> None:
@@ -148,4 +148,5 @@ def describe_configs(
         components=dict(classes),
         boundary_ratio=settings.get("boundary_ratio"),
         settings=settings,
+        configs={name: dict(config) for name, config in configs.items()},
     )

@@ -15,7 +15,7 @@ import torch
 from vivace.core.context import COND
 from vivace.core.shapes import Workload
 from vivace.models.adapter import Adapter, AttentionSite, BlockLayout, Guidance, ModelDescription
-from vivace.models.attention_parts import rotate_pairs
+from vivace.models.attention_parts import by_token, rotate_pairs
 
 IMAGE_TOKENS = 576
 """Tokens of the picture in the multimodal text encoder of image-to-video: 24 x 24 patches."""
@@ -35,8 +35,12 @@ class HunyuanVideoAdapter(Adapter):
     guidance = Guidance.SEPARATE
     guidance_argument = "true_cfg_scale"
     joint_text = "last"
+    template_tokens = 95
+    all_hidden_states = True
     layouts: ClassVar[Mapping[str, BlockLayout]] = {
-        "transformer_blocks": BlockLayout(text="encoder_hidden_states", batched=_BATCHED, kind="dual"),
+        "transformer_blocks": BlockLayout(
+            text="encoder_hidden_states", batched=_BATCHED, kind="dual", rotary="freqs_cis"
+        ),
         "single_transformer_blocks": BlockLayout(
             text="encoder_hidden_states", batched=_BATCHED, kind="single"
         ),
@@ -125,7 +129,7 @@ class HunyuanKernelProcessor:
         x = hidden_states if dual else torch.cat([hidden_states, encoder_hidden_states], dim=1)
         q, k, v = _heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x), attn.norm_q, attn.norm_k)
         if image_rotary_emb is not None:
-            cos, sin = (f[None, :, None].to(q.device) for f in image_rotary_emb)
+            cos, sin = (by_token(f).to(q.device) for f in image_rotary_emb)
             q, k = (torch.cat([rotate_pairs(y[:, :video], cos, sin), y[:, video:]], dim=1) for y in (q, k))
         if dual:
             c = encoder_hidden_states

@@ -27,6 +27,8 @@ class KnownModel:
     scheduler_class: str
     scheduler: Mapping[str, Any]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    encoders: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
+    """Text encoders: component -> class in transformers and configuration."""
 
     def describe(self) -> ModelDescription:
         """The description that its downloaded folder would give."""
@@ -36,6 +38,8 @@ class KnownModel:
             "scheduler": self.scheduler_class,
         }
         configs = {"transformer": self.transformer, "vae": self.vae, "scheduler": self.scheduler}
+        for name, (kind, config) in self.encoders.items():
+            classes[name], configs[name] = kind, config
         return describe_configs(self.name, self.pipeline_class, configs, classes, self.defaults)
 
     def build_transformer(self, *, device: Any = "cpu", dtype: Any = None, seed: int = 0) -> Any:
@@ -60,6 +64,36 @@ class KnownModel:
             finally:
                 torch.set_default_dtype(before)
         return module.eval()
+
+
+_UMT5_XXL = {
+    "vocab_size": 256384,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "relative_attention_num_buckets": 32,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+}
+_LLAMA_3_8B = {
+    "vocab_size": 128320,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+}
+_CLIP_L = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+}
 
 
 def _wan(name: str, hub: str, heads: int, layers: int, ffn: int) -> KnownModel:
@@ -112,6 +146,7 @@ def _wan(name: str, hub: str, heads: int, layers: int, ffn: int) -> KnownModel:
             "max_sequence_length": 512,
             "fps": 16,
         },
+        encoders={"text_encoder": ("UMT5EncoderModel", _UMT5_XXL)},
     )
 
 
@@ -158,6 +193,7 @@ _HUNYUAN = KnownModel(
         "max_sequence_length": 256,
         "fps": 24,
     },
+    encoders={"text_encoder": ("LlamaModel", _LLAMA_3_8B), "text_encoder_2": ("CLIPTextModel", _CLIP_L)},
 )
 
 KNOWN: Mapping[str, KnownModel] = {

@@ -28,10 +28,12 @@ class WanAdapter(Adapter):
     family = "wan"
     transformer_classes = ("WanTransformer3DModel",)
     guidance = Guidance.SEPARATE
+    decode_chunk = 1
     layouts: ClassVar[Mapping[str, BlockLayout]] = {
-        "blocks": BlockLayout(batched=("hidden_states", "encoder_hidden_states", "temb"))
+        "blocks": BlockLayout(batched=("hidden_states", "encoder_hidden_states", "temb"), rotary="rotary_emb")
     }
     attention: ClassVar[Mapping[str, str]] = {"attn1": "self", "attn2": "cross"}
+    rotary = "rotary_emb"
     feed_forward: ClassVar[Mapping[str, str]] = {"ffn": "ffn"}
     roles: ClassVar[Mapping[str, str]] = {
         "attn1.to_q": "attention.q",

@@ -43,7 +43,8 @@ def _count_products(edit: Surgery, meter: Meter, module: Any) -> None:
             def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
                 if meter.active:
                     rows = x.numel() // module.in_features
-                    meter.product(linear_flops(rows, module.in_features, module.out_features))
+                    tokens = x.shape[1] if x.ndim == 3 else 0
+                    meter.product(linear_flops(rows, module.in_features, module.out_features), tokens)
                 return old(x, *args, **kwargs)
 
             return forward
@@ -77,6 +78,8 @@ def _count_attention(edit: Surgery, meter: Meter, site: AttentionSite) -> None:
                 again = None
                 if pairs is not None and getattr(kernel, "varies", False):
                     again = partial(_pairs, pairs, site.heads, queries, keys)
+                # Keys of cross-attention are text, which nobody shortens.
+                dense *= meter.stretch(queries) * (meter.stretch(keys) if site.kind != "cross" else 1.0)
                 meter.attention(visited, dense, site.head_dim, again)
             return out
 

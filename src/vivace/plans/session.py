@@ -165,6 +165,7 @@ class Session:
             self._report,
             self._chose,
             self._model_hash,
+            self.meter.beside,
         )
 
     def _is_fitted(self, technique: Technique) -> bool:
@@ -284,7 +285,7 @@ class Session:
         idle = [
             f"{t.card.name} was in force and never acted in this run"
             for t, r in zip(self.plan.ordered(), techniques, strict=True)
-            if t.card.stage.number >= Stage.CACHE.number and trace.completed and not any(r.effects.values())
+            if t.card.stage.number >= Stage.TOKENS.number and trace.completed and not any(r.effects.values())
         ]
         return Receipt(
             nfe=trace.nfe,
@@ -344,7 +345,13 @@ class Session:
 
     def _device(self) -> Any:
         transformer = next(m for e in EXPERTS if (m := getattr(self.pipeline, e, None)) is not None)
-        return next(transformer.parameters()).device
+        # Offloaded weights wait elsewhere than where they are used.
+        used = getattr(getattr(transformer, "_hf_hook", None), "execution_device", None)
+        if used is None:
+            return next(transformer.parameters()).device
+        import torch
+
+        return torch.device(used)
 
     def _weight_bytes(self) -> int:
         modules = (m for e in EXPERTS if (m := getattr(self.pipeline, e, None)) is not None)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from vivace.core.config import Config, knob
 from vivace.core.context import Clock, StateStore
+from vivace.core.footprint import Footprint
 from vivace.core.registry import Registry
 from vivace.core.shapes import Workload
 from vivace.core.surgery import Surgery
@@ -89,13 +90,15 @@ class Paradigm(StrEnum):
 class Stage(StrEnum):
     """When a technique is applied; the order of the user's list never matters.
 
-    A solver's object is replaced before trajectory techniques wrap whatever solver is then in force.
+    What shortens the sequence lies inside the caches, so that nothing is matched for a block that is skipped. A
+    solver's object is replaced before trajectory techniques wrap whatever solver is then in force.
     """
 
     CHECKPOINT = "10 checkpoint"
     WEIGHTS = "20 weights"
     KERNELS = "30 kernels"
     COMPILE = "35 compile"
+    TOKENS = "38 tokens"
     CACHE = "40 cache"
     SOLVER = "45 solver"
     TRAJECTORY = "50 trajectory"
@@ -274,6 +277,8 @@ class Target:
 
     Empty where no technique of the plan is calibrated, and where the weights are not all in memory (offloaded).
     """
+    spent: Callable[[float], None] = lambda flops: None
+    """Tell the counters of FLOPs in matrix products of the technique's own, outside the model's modules."""
 
     @property
     def scheduler(self) -> Any:
@@ -381,6 +386,10 @@ class Technique(Config):
 
     def estimate(self, model: ModelDescription, workload: Workload, base: Estimate) -> Estimate:
         """Predicted counts when this technique is the only one; `base` is the exact run's."""
+        return base
+
+    def memory(self, model: ModelDescription, workload: Workload, base: Footprint) -> Footprint:
+        """Predicted bytes with this technique added; `base` is the run without it."""
         return base
 
     def problem(self, kind: str, message: str, severity: str = "error") -> Problem:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from vivace.core.context import COND
 from vivace.core.errors import ConfigError
+from vivace.core.footprint import Footprint
 from vivace.core.shapes import Workload
 from vivace.models.adapter import BlockCall, Expert, ModelDescription, Need, RootCall
 from vivace.techniques.base import Estimate, Problem, Target, Technique, knob
@@ -175,6 +176,13 @@ class CacheTechnique(Technique):
         out = base.scaled(1.0 - most * share, 1.0 - least * share, fields=("blocks_run", "attention_pairs"))
         # Blocks of two lists cost differently, so of the FLOPs only the computed steps are sure.
         return out.scaled(1.0 - most, 1.0, fields=("flops",))
+
+    def memory(self, model: ModelDescription, workload: Workload, base: Footprint) -> Footprint:
+        """The predictor's history for every row and expert. What a signal compares with comes on top, uncounted."""
+        if self.is_identity or self.offload:
+            return base
+        each = base.output if self.span == NETWORK else base.stream
+        return base.keeping(len(model.experts) * self.predictor().depth, each, self.storage)
 
     # -- application ----------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from vivace.core.context import Clock
 from vivace.core.errors import ConfigError
+from vivace.core.footprint import Footprint
 from vivace.core.shapes import Workload
 from vivace.models.adapter import (
     AttentionSite,
@@ -162,6 +163,16 @@ class ModuleCache(Technique):
         out = base.scaled(1.0 - max(shares.values()), 1.0 - least, fields=("attention_pairs",))
         most = max(self.reused_share(k, workload.steps) for k in self.kinds)
         return out.scaled(1.0 - most, 1.0, fields=("flops",))
+
+    def memory(self, model: ModelDescription, workload: Workload, base: Footprint) -> Footprint:
+        """The predictor's history of every cached module, which gives something of the size of its block's streams."""
+        if self.is_identity or self.offload or model.adapter is None:
+            return base
+        found = [*model.adapter.attention.values(), *model.adapter.feed_forward.values()]
+        modules = sum(KINDS[kind] in self.kinds for kind in found)
+        depth = self.predictor(Clock()).depth
+        blocks = sum(e.depth for e in model.experts)
+        return base.keeping(modules * blocks * depth, base.stream, self.storage)
 
     # -- on a live pipeline ---------------------------------------------------------------------------------------
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from vivace.core.footprint import Footprint
+from vivace.core.shapes import Workload
 from vivace.kernels.api import candidates, select
 from vivace.models.adapter import Expert, LinearSite, ModelDescription, Need
 from vivace.techniques.base import (
@@ -90,6 +92,19 @@ class Int8Linear(Technique):
                 )
             )
         return found
+
+    def memory(self, model: ModelDescription, workload: Workload, base: Footprint) -> Footprint:
+        depths = {expert.name: expert.depth for expert in model.experts}
+        for part in base.parts:
+            if part.name in depths:
+                # A code for each weight, and a float32 scale for each output channel.
+                sizes = {
+                    x.site: x.inputs * x.outputs + 4 * x.outputs
+                    for x in part.linears
+                    if self._takes_block(x.block, depths[part.name]) and self._takes_role(x.role)
+                }
+                base = base.with_part(part.resized(sizes))
+        return base
 
     def apply(self, target: Target) -> None:
         sites = [site for expert in target.experts for site in self._sites(expert)]

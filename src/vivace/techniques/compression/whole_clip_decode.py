@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
+from vivace.core.footprint import Footprint
+from vivace.core.shapes import Workload
 from vivace.kernels.api import Choice
-from vivace.models.adapter import Need
+from vivace.models.adapter import ModelDescription, Need
 from vivace.techniques.base import Card, Cite, Paradigm, Stage, Target, Technique, exclusive, knob
 
 NAME = "whole_clip_decode"
+_USUAL = {
+    "patch_size": None,
+    "base_dim": 96,
+    "decoder_base_dim": None,
+    "scale_factor_temporal": 4,
+    "scale_factor_spatial": 8,
+}
+"""What a configuration that does not say it means."""
 LIVE_TENSORS = 4
 """Full-resolution activations that live at the same time in a decoder's last stage, as a bound on memory."""
 
@@ -63,6 +74,13 @@ class WholeClipDecode(Technique):
             return decode_clip
 
         target.edit.wrap(vae, make, "decode")
+
+    def memory(self, model: ModelDescription, workload: Workload, base: Footprint) -> Footprint:
+        assert model.adapter is not None
+        latents = (workload.batch, 0, *model.adapter.latent(model, workload))
+        config = SimpleNamespace(**_USUAL | dict(model.configs.get("vae", {})))
+        fits = "whole" in base.decodes and self.gib(config, latents, base.size) <= self.max_gib
+        return replace(base, decode="whole") if fits else base
 
     def refusal(self, vae: Any, z: Any) -> str | None:
         """Why latents z (B, C, t, h, w) are decoded in chunks, or None."""

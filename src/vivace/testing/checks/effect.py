@@ -39,8 +39,9 @@ def check_identity_is_the_exact_run(case: Case) -> None:
 
 
 def decodes(case: Case) -> bool:
-    """Whether the technique owns the decoder or the text encoder, so that latents and counts may stay as they are."""
-    return any(claim.resource in ("vae.decode", "text.encode") for claim in case.technique.card.claims)
+    """Whether it owns decoder, text encoder or placement, so that latents and counts may stay as they are."""
+    owned = ("vae.decode", "text.encode", "placement")
+    return any(claim.resource in owned for claim in case.technique.card.claims)
 
 
 @check

@@ -1,0 +1,131 @@
+"""Fast decoding: the VAE's decoder in pieces as large as memory allows, in other numbers, and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from vivace.kernels.api import Choice
+from vivace.models.adapter import ModelDescription
+from vivace.models.vae_decode import (
+    CAUSAL,
+    COMPILE,
+    DTYPES,
+    FORMATS,
+    DecodeOptions,
+    VaeDecoder,
+    around,
+    missing,
+)
+from vivace.techniques.base import Card, Cite, Paradigm, Problem, Stage, Target, Technique, exclusive, knob
+
+NAME = "fast_decode"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastDecode(Technique):
+    """The same frames to the rounding of `dtype`, whatever the pieces are.
+
+    For `AutoencoderKLWan` a piece is some samples, some latent frames (the causal convolutions' last frames are carried
+    over) and, where one frame is still too large, a tile with all positions around it that its pixels depend on. Other
+    VAEs of diffusers (CogVideoX, LTX-Video, HunyuanVideo) are decoded by their own code with converted weights and
+    compiled blocks. The user's VAE is never changed; converted weights are a copy of the decoder.
+    """
+
+    card: ClassVar[Card] = Card(
+        name=NAME,
+        paradigm=Paradigm.COMPRESSION,
+        summary="Decodes in exact pieces that fit into memory, in 16 bits or compiled if asked for; the same frames.",
+        objective="seconds and memory of VAE decoding",
+        stage=Stage.KERNELS,
+        claims=(exclusive("vae.decode"),),
+        fidelity=1e-3,
+        cite=Cite(
+            title="Wan: Open and Advanced Large-Scale Video Generative Models, section 4.1 (the feature cache)",
+            arxiv="2503.20314",
+            code="https://github.com/Wan-Video/Wan2.1",
+            differs="pieces of any length instead of one latent frame, tiles that are exact instead of blended",
+        ),
+    )
+
+    dtype: str = knob("own", choices=DTYPES)
+    """Of weights and activations: the model's own, or 16 bits."""
+    channels_last: str = knob("auto", choices=FORMATS)
+    """Memory format channels_last_3d; auto: on GPUs."""
+    compile: str = knob("off", choices=COMPILE)
+    """Mode of torch.compile for the blocks that repeat; the first clip of a shape pays for it."""
+    chunk: int = knob(0, low=0, high=1024)
+    """Latent frames of a piece; 0: as many as fit into max_gib."""
+    tile: int = knob(0, low=0, high=4096)
+    """Latent positions of a tile's side; 0: tiles only where one frame does not fit into max_gib."""
+    slicing: bool = False
+    """One sample of a batch at a time, also where more would fit."""
+    max_gib: float = knob(4.0, low=0.0, high=1024.0)
+    """Memory bound in GiB for the activations of a piece."""
+
+    @classmethod
+    def examples(cls, workdir: Any, pipeline: Any) -> tuple[Self, ...]:
+        return (cls(chunk=1, tile=3), cls(slicing=True, channels_last="on"))
+
+    def options(self) -> DecodeOptions:
+        """The settings as the decoder takes them."""
+        return DecodeOptions(
+            dtype=self.dtype,
+            channels_last=self.channels_last,
+            compile=self.compile,
+            chunk=self.chunk,
+            tile=self.tile,
+            slicing=self.slicing,
+            max_gib=self.max_gib,
+        )
+
+    def missing(self, model: ModelDescription) -> str:
+        return missing(model.components.get("vae", ""))
+
+    def check(self, model: ModelDescription) -> list[Problem]:
+        kind = model.components.get("vae", "")
+        if kind in CAUSAL or self.missing(model):
+            return []
+        problems = []
+        if self.chunk or self.tile:
+            message = f"only {', '.join(CAUSAL)} can be decoded in exact pieces, not {kind}; leave chunk and tile at 0."
+            problems.append(self.problem("pieces", message))
+        if self.dtype == "own" and self.channels_last == "off" and self.compile == "off" and not self.slicing:
+            message = f"nothing is left to change in {kind}; set dtype, channels_last, compile or slicing."
+            problems.append(self.problem("settings", message))
+        return problems
+
+    def apply(self, target: Target) -> None:
+        vae = getattr(target.pipeline, "vae", None)
+        if vae is None or missing(type(vae).__name__):
+            return  # nothing is edited, which the session reports as an error
+        decoder = VaeDecoder(vae, self.options())
+
+        def make(old: Callable[..., Any]) -> Callable[..., Any]:
+            def run(z: Any, arguments: dict[str, Any]) -> Any:
+                reason = decoder.aside(z)
+                if reason is None:
+                    try:
+                        sample = decoder(z, **arguments)
+                    except FloatingPointError as error:
+                        reason = str(error)
+                    else:
+                        cut = decoder.pieces(z)
+                        target.report(NAME, "clips", z.shape[0])
+                        target.chosen(Choice("vae_decode", _name(self, cut.tile), str(cut), decoder))
+                        return sample
+                target.report(NAME, "plain_clips", z.shape[0])
+                target.chosen(Choice("vae_decode", "plain", reason, old))
+                return None
+
+            return around(old, run)
+
+        target.edit.wrap(vae, make, "decode")
+
+
+def _name(settings: FastDecode, tile: int) -> str:
+    """What was chosen, e.g. `fast+bfloat16+compiled`."""
+    parts = ["fast", "" if settings.dtype == "own" else settings.dtype]
+    parts += ["compiled" if settings.compile != "off" else "", "tiled" if tile else ""]
+    return "+".join(p for p in parts if p)
