@@ -51,6 +51,15 @@ MASKED = (
 """Caches whose steps are known beforehand: no sample's values decide, so batch mates are left to the whole contract."""
 
 
+LONG = {
+    ("quantized_linear", "check_batch_mates_do_not_matter"),
+    ("quantized_linear", "check_fused_guidance_is_separate_guidance"),
+    ("asymmetric_reduction", "check_batch_mates_do_not_matter"),
+}
+"""Left to the whole contract for their time. Formats round rows one by one (tests/kernels/test_quant_linear_kernels.py),
+and asymmetric_reduction shares its matching with token_merging."""
+
+
 def chosen() -> list[tuple[str, object]]:
     """(technique, check) of this run."""
     return [
@@ -62,6 +71,7 @@ def chosen() -> list[tuple[str, object]]:
         or (
             check.__name__ in ESSENTIAL
             and not (name in MASKED and check.__name__ == "check_batch_mates_do_not_matter")
+            and (name, check.__name__) not in LONG
         )
     ]
 
@@ -79,7 +89,7 @@ def test_technique_keeps_the_contract(name: str, check):
 
 def test_essential_checks_exist():
     assert set(ESSENTIAL) <= {check.__name__ for check in technique_checks()}
-    assert set(WHOLE) | set(MASKED) <= set(registry)
+    assert set(WHOLE) | set(MASKED) | {name for name, _ in LONG} <= set(registry)
 
 
 def test_known_failures_exist():
