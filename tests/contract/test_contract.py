@@ -56,8 +56,8 @@ LONG = {
     ("quantized_linear", "check_fused_guidance_is_separate_guidance"),
     ("asymmetric_reduction", "check_batch_mates_do_not_matter"),
 }
-"""Left to the whole contract for their time. Formats round rows one by one (tests/kernels/test_quant_linear_kernels.py),
-and asymmetric_reduction shares its matching with token_merging."""
+"""Left to the whole contract for their time. Formats round rows one by one, and a test of their own says so
+(tests/kernels/test_quant_linear_kernels.py); asymmetric_reduction shares its matching with token_merging."""
 
 
 def chosen() -> list[tuple[str, object]]:
