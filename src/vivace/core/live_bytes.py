@@ -46,8 +46,8 @@ class LiveBytes(TorchDispatchMode):
     def _see(self, tensor: torch.Tensor, *, new: bool) -> None:
         try:
             storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):
-            return  # a quantised tensor is made of others, which are seen themselves
+        except RuntimeError:
+            return  # no storage: a quantised tensor is made of others, which are seen themselves
         key = storage._cdata
         size = storage.nbytes() if new else 0
         if key in self._known:

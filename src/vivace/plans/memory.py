@@ -222,9 +222,11 @@ def _encoder(model: ModelDescription, name: str, workload: Workload, dtype: torc
     ids = torch.zeros(workload.batch, length, dtype=torch.int64, device="meta")
     more = {"output_hidden_states": True} if first and adapter.all_hidden_states else {}
     working = 0
-    # A picture's encoder, or a mask that depends on values, cannot be called on the meta device: weights only.
-    with contextlib.suppress(RuntimeError, NotImplementedError, ValueError, TypeError):
-        working = _peak(lambda: module(input_ids=ids, **more))
+    # A picture's encoder takes no tokens, and a mask that depends on values cannot be had on the meta device: weights
+    # only.
+    if module.main_input_name == "input_ids":
+        with contextlib.suppress(RuntimeError):
+            working = _peak(lambda: module(input_ids=ids, **more))
     blocks = _longest_list(module)
     linears = tuple(
         LinearSize(f"{name}.{path}", block, "other", m.in_features, m.out_features, m.weight.nbytes)
