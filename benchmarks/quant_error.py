@@ -110,6 +110,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     chosen = {k: v for k, v in SETTINGS.items() if k in (arguments.only or ",".join(SETTINGS)).split(",")}
+    if unknown := set(filter(None, arguments.only.split(","))) - set(SETTINGS):
+        parser.error(f"no setting is called {', '.join(sorted(unknown))}; they are {', '.join(SETTINGS)}.")
     # Recorded in fp32, where a CPU is fast; both precisions then see the same evaluations.
     single = load_tiny(dtype=torch.float32)
     options: dict[str, Any] = call_arguments() | {"num_inference_steps": arguments.steps}

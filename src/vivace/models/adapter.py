@@ -288,6 +288,18 @@ class ModelDescription:
         """Token grid of a workload; None without an adapter."""
         return self.adapter.grid(self, workload) if self.adapter else None
 
+    def takes_latents(self, workload: Workload) -> bool:
+        """Whether the transformer is given latents (B, C, T, H, W), from which it reads their size."""
+        import torch
+
+        if self.adapter is None:
+            return False
+        try:
+            call = self.adapter.dummy_call(self, workload, "meta", torch.float32)
+        except TypeError:  # an adapter that does not say
+            return False
+        return tuple(call["hidden_states"].shape[2:]) == tuple(self.adapter.latent(self, workload))
+
 
 _USUAL = {
     "num_frames": 81,

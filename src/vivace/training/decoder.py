@@ -13,6 +13,7 @@ beside the file. `torchrun` starts it on several GPUs.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vivace.core.errors import ConfigError
+from vivace.core.errors import ConfigError, VivaceError
 from vivace.models import tiny_decoder
 from vivace.models.tiny_decoder import TinyDecoder
 from vivace.tiny.train.clips import ClipShape, to_frames, to_model
@@ -386,7 +387,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(given: list[str] | None = None) -> dict[str, Any]:
     """Train, measure on held-out clips, write the weights, a record and a contact sheet; returns the record."""
-    options = parser().parse_args(given)
+    words = parser()
+    options = words.parse_args(given)
+    if (options.minutes if options.steps is None else options.steps) <= 0:
+        words.error("nothing to train: give --minutes or --steps above 0.")
     processes = Processes.join()
     device, gpu = processes.device, processes.device.type == "cuda"
     teacher = Teacher(load_vae(options.vae).to(device))
@@ -453,4 +457,11 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except VivaceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last saved step.", file=sys.stderr)
+        sys.exit(130)

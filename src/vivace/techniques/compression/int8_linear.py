@@ -23,6 +23,7 @@ from vivace.techniques.base import (
     exclusive,
     knob,
 )
+from vivace.techniques.compression.linears import blocks_between, takes_role
 
 NAME = OP = "int8_linear"
 
@@ -66,13 +67,7 @@ class Int8Linear(Technique):
     """Kernel by name (`vivace.kernels.int8_linear`), or `auto`."""
 
     def claims(self, model: ModelDescription) -> tuple[Claim, ...]:
-        blocks = (
-            block
-            for expert in model.experts
-            for i, block in enumerate(expert.block_sites)
-            if self._takes_block(i, expert.depth)
-        )
-        return (exclusive("linear.weight", frozenset(blocks)),)
+        return (exclusive("linear.weight", blocks_between(model, self.skip_blocks)),)
 
     def check(self, model: ModelDescription) -> list[Problem]:
         found = []
@@ -145,10 +140,7 @@ class Int8Linear(Technique):
         return self.skip_blocks <= index < depth - self.skip_blocks
 
     def _takes_role(self, role: str) -> bool:
-        feed_forward = role.removeprefix("text.").startswith("ffn.")
-        if role == "other" or (self.roles == "ffn" and not feed_forward):
-            return False
-        return self.roles != "attention" or not feed_forward
+        return takes_role(self.roles, role)
 
 
 def _nbytes(tensor: Any) -> int:

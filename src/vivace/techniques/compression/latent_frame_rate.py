@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from vivace.core.shapes import TokenGrid, Workload
-from vivace.models.adapter import Adapter, BlockCall, Expert, ModelDescription, Need, RootCall
+from vivace.models.adapter import BlockCall, Expert, ModelDescription, Need, RootCall
 from vivace.techniques.base import (
     Card,
     Cite,
@@ -123,9 +123,7 @@ class LatentFrameRate(Technique):
             message = "the picture or video it starts from has frames of its own; use it for text-to-video."
             return [self.problem("condition", f"{model.name} cannot merge frames: {message}")]
         workload = model.workload()
-        if model.adapter.patch(model.experts[0].config)[0] != 1 or not _is_a_grid(
-            model.adapter, model, workload
-        ):
+        if model.adapter.patch(model.experts[0].config)[0] != 1 or not model.takes_latents(workload):
             message = "its transformer does not take latents of one frame per token; leave it out."
             return [self.problem("packed", f"{model.name} cannot merge frames: {message}")]
         grid = _grid(model, workload)
@@ -416,14 +414,3 @@ def _grid(model: ModelDescription, workload: Workload) -> TokenGrid:
     grid = model.grid(workload)
     assert grid is not None
     return grid
-
-
-def _is_a_grid(adapter: Adapter, model: ModelDescription, workload: Workload) -> bool:
-    """Whether the transformer is given latents (B, C, T, H, W)."""
-    import torch
-
-    try:
-        call = adapter.dummy_call(model, workload, "meta", torch.float32)
-    except TypeError:  # an adapter that does not say
-        return False
-    return tuple(call["hidden_states"].shape[2:]) == tuple(adapter.latent(model, workload))

@@ -28,6 +28,7 @@ from vivace.techniques.base import (
 )
 from vivace.techniques.compression import activation_maxima
 from vivace.techniques.compression.activation_maxima import ActivationMaxima
+from vivace.techniques.compression.linears import blocks_between, takes_role
 from vivace.techniques.compression.mixed_bits import MixedBits
 
 if TYPE_CHECKING:
@@ -108,13 +109,7 @@ class QuantizedLinear(Technique):
     # -- what may be said without weights -----------------------------------------------------------------------
 
     def claims(self, model: ModelDescription) -> tuple[Claim, ...]:
-        blocks = (
-            block
-            for expert in model.experts
-            for i, block in enumerate(expert.block_sites)
-            if self._takes_block(i, expert.depth)
-        )
-        return (exclusive("linear.weight", frozenset(blocks)),)
+        return (exclusive("linear.weight", blocks_between(model, self.skip_blocks)),)
 
     def check(self, model: ModelDescription) -> list[Problem]:
         found = [self.problem("setting", sentence) for sentence in self._wrong_settings()]
@@ -316,10 +311,7 @@ class QuantizedLinear(Technique):
         return self.skip_blocks <= index < depth - self.skip_blocks
 
     def _takes_role(self, role: str) -> bool:
-        feed_forward = role.removeprefix("text.").startswith("ffn.")
-        if role == "other" or (self.roles == "ffn" and not feed_forward):
-            return False
-        return self.roles != "attention" or not feed_forward
+        return takes_role(self.roles, role)
 
 
 def _example_files(workdir: Path, pipeline: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from vivace.core.shapes import TokenGrid, Workload
-from vivace.models.adapter import Adapter, Expert, ModelDescription, Need, RootCall
+from vivace.models.adapter import Expert, ModelDescription, Need, RootCall
 from vivace.techniques.base import (
     Card,
     Cite,
@@ -109,7 +109,7 @@ class ProgressiveResolution(Technique):
             message = "the picture or video it starts from comes at full size; use it for text-to-video."
             return [self.problem("condition", f"{model.name} cannot be run smaller: {message}")]
         workload = model.workload()
-        if not _is_a_grid(model.adapter, model, workload):
+        if not model.takes_latents(workload):
             message = "its transformer takes packed latents, whose size the pipeline fixes; leave it out."
             return [self.problem("packed", f"{model.name} cannot be run smaller: {message}")]
         out = []
@@ -253,17 +253,6 @@ def _grid(model: ModelDescription, workload: Workload) -> TokenGrid:
     grid = model.grid(workload)
     assert grid is not None
     return grid
-
-
-def _is_a_grid(adapter: Adapter, model: ModelDescription, workload: Workload) -> bool:
-    """Whether the transformer is given latents (B, C, T, H, W), from which it reads their size."""
-    import torch
-
-    try:
-        call = adapter.dummy_call(model, workload, "meta", torch.float32)
-    except TypeError:  # an adapter that does not say
-        return False
-    return tuple(call["hidden_states"].shape[2:]) == tuple(adapter.latent(model, workload))
 
 
 def _remember(target: Target, start: Start) -> None:
