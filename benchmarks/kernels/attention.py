@@ -17,6 +17,7 @@ import argparse
 import functools
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +36,7 @@ from harness import (
     Truth,
     check,
     clear,
+    fastvideo_operations,
     table,
     time_all,
     time_steps,
@@ -198,31 +200,33 @@ def flex(setup: Setup, mask: Mask, skipped: dict[str, str]) -> Iterator[Contende
 
 
 def fastvideo(setup: Setup, mask: Mask, skipped: dict[str, str]) -> Iterator[Contender]:
-    """fastvideo-kernel's block-sparse attention, over the same lists."""
-    name = "fastvideo block_sparse"
+    """fastvideo-kernel's block-sparse attention over the same lists: ThunderKittens, and Triton, its other way."""
+    names = {"fastvideo ThunderKittens": "sm90", "fastvideo Triton": "triton"}
     wrong = {
         "fastvideo-kernel is not installed": importlib.util.find_spec("fastvideo_kernel") is None,
         "needs a GPU": setup.device != "cuda",
         f"its blocks have {FASTVIDEO_BLOCK} tokens, not {mask.block}": mask.block != FASTVIDEO_BLOCK,
         f"it takes heads of 64 or 128 dimensions, not {setup.size.dim}": setup.size.dim not in (64, 128),
     }
-    if reason := next((sentence for sentence, holds in wrong.items() if holds), None):
-        skipped[name] = reason
-        return
+    reason = next((sentence for sentence, holds in wrong.items() if holds), None)
+    for name, way in names.items():
+        missing = reason or (fastvideo_operations()[1] if way == "sm90" else "")
+        if missing:
+            skipped[name] = missing
+            continue
 
-    def build(qkv: QKV) -> Built:
-        from fastvideo_kernel import block_sparse_attn_from_indices  # pyright: ignore[reportMissingImports]
+        def build(qkv: QKV, way: str = way) -> Built:
+            from fastvideo_kernel import block_sparse_attn as package  # pyright: ignore[reportMissingImports]
 
-        q, k, v = (mask.layout.arrange(x).contiguous() for x in qkv)
-        longest = int(mask.routes.count.max())
-        index, count = mask.routes.index[..., :longest].contiguous(), mask.routes.count
-        sizes = mask.layout.counts.int()
-        return (
-            lambda: block_sparse_attn_from_indices(q, k, v, index, count, sizes)[0],
-            mask.layout.restore,
-        )
+            module = sys.modules[package.__module__]
+            run = getattr(module, f"block_sparse_attn_{way}")
+            q, k, v = (mask.layout.arrange(x).contiguous() for x in qkv)
+            longest = int(mask.routes.count.max())
+            index, count = mask.routes.index[..., :longest].contiguous(), mask.routes.count
+            sizes = mask.layout.counts.int()
+            return lambda: run(q, k, v, index, count, sizes)[0], mask.layout.restore
 
-    yield Contender(name, build, mask.pairs, "sparse")
+        yield Contender(name, build, mask.pairs, "sparse")
 
 
 def dense(setup: Setup, skipped: dict[str, str], names: tuple[str, ...] | None = None) -> Iterator[Contender]:

@@ -6,7 +6,9 @@ has measured.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import statistics
@@ -30,7 +32,44 @@ PACKAGES = (
     "nvidia-cudnn-cu13",
     "nvidia-cudnn-cu12",
 )
+FASTVIDEO = "fastvideo_kernel._C.fastvideo_kernel_ops"
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def fastvideo_operations() -> tuple[Any, str]:
+    """fastvideo-kernel's compiled operations (ThunderKittens, INT8), or None and the reason.
+
+    The package goes over to Triton without a word where this library does not load, so it is asked for by name. Its
+    functions for several GPUs need a newer NCCL than torch may bring; bound lazily, they are in nobody's way.
+    """
+    if importlib.util.find_spec("fastvideo_kernel") is None:
+        return None, "fastvideo-kernel is not installed"
+    flags = sys.getdlopenflags()
+    sys.setdlopenflags(os.RTLD_LAZY)
+    try:
+        return importlib.import_module(FASTVIDEO), ""
+    except ImportError as error:
+        return None, f"its compiled library does not load: {str(error)[-160:]}"
+    finally:
+        sys.setdlopenflags(flags)
+
+
+def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
+    """`run` as a CUDA graph: its kernels without the time that starting them takes. Inputs must stay where they are."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+
+    def replay() -> Any:
+        graph.replay()
+        return out
+
+    return replay
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ class QuantLinear(nn.Linear):
         smooth: float32 (K,), what inputs are multiplied by, 1 / s; None without smoothing.
         full: while True, the layer computes with `original`, which must then be there.
         original: the weight before, on any device; None where it is not kept.
+        original_bias: the bias before, where training has changed it; None where `bias` is it.
 
     Args:
         branch: type of the low-rank branch, a 16-bit one.
@@ -70,6 +71,7 @@ class QuantLinear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias=False, device="meta")
         self.recipe, self.full, self.original = recipe, False, None
+        self.original_bias: torch.Tensor | None = None
         empty = torch.empty(out_features, in_features, device="meta")
         codes = formats.quantise(empty, recipe.weights, recipe.group, tensor=recipe.weights == "nvfp4")
         values, scale = (torch.empty_like(t, device=device) for t in (codes.values, codes.scale))
@@ -137,7 +139,8 @@ class QuantLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.full and self.original is not None:
-            return F.linear(input, self.original.to(input.device), self.bias)
+            bias = self.bias if self.original_bias is None else self.original_bias.to(input.device)
+            return F.linear(input, self.original.to(input.device), bias)
         x = input.reshape(-1, self.in_features)
         if self.smooth is not None:
             x = x * self.smooth

@@ -29,10 +29,10 @@ def rounded(y: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales (..., S) of rows (..., S, K)."""
     y = y.float()
     scale = y.abs().amax(-1).clamp(min=TINY * LARGEST[kind]) / LARGEST[kind]
-    ratio = y / scale[..., None]
+    ratio = y * (1.0 / scale)[..., None]
     if kind == "fp8":
         return ratio.clamp(-LARGEST[kind], LARGEST[kind]).to(torch.float8_e4m3fn), scale
-    return torch.trunc(ratio + torch.copysign(torch.full_like(ratio, 0.5), ratio)).to(torch.int8), scale
+    return torch.round(ratio).to(torch.int8), scale
 
 
 def run(x: torch.Tensor, kind: str, before: Before) -> tuple[torch.Tensor, torch.Tensor]:

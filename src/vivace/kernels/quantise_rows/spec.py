@@ -3,8 +3,8 @@
     quantise_rows(x, kind, before) -> (codes, scale)
 
 * x (B, S, K) of any float dtype; codes (B, S, K) int8 or float8_e4m3fn; scale (B, S) float32, codes * scale ~ f(x).
-* `kind`: `int8` (largest size of a row over 127, halves go away from zero) or `fp8` (over 448, to the nearest, halves
-  to even). Rows of zeros keep zeros, with the scale of 1e-12.
+* `kind`: `int8` (largest size of a row over 127) or `fp8` (over 448); numbers times the scale's reciprocal go to the
+  nearest code, halves to the even one. Rows of zeros keep zeros, with the scale of 1e-12.
 * `before`, a `Before`, is f, computed in float32:
   `norm` is `layer` (mean and variance over K), `rms` (mean square over K) or `none`; `weight` and `bias` (K) are the
   norm's own; then `x * (1 + scale) + shift`, where `scale` and `shift` are (B, 1, K) or (B, S, K): adaLN modulation;

@@ -1,0 +1,1 @@
+"""Keys, values and remembered features in few bits; see `spec`."""
