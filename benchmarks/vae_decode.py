@@ -5,13 +5,15 @@
 
 `embedded` is the trained VAE of the package; other names are published configurations with random weights, which say
 how fast and how near to plain diffusers, never how good. Contenders run in turns; times are CUDA events or the
-monotonic clock, medians. Errors are largest ones against plain diffusers in the same type, in levels of 8 bits. What a
-contender takes at its first call (compiling, converted weights) is kept apart.
+monotonic clock, medians. Errors are in levels of 8 bits, against plain diffusers in float32 (without TF32), whose own
+rounding in 16 bits is thus seen too. What a contender takes at its first call (compiling, converted weights) is kept
+apart. cuDNN chooses its kernels by rule, as in diffusers, unless `--search` lets it measure them.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import time
 from collections.abc import Callable
@@ -115,10 +117,18 @@ def contenders(
     low = "float16" if dtype == torch.bfloat16 else "bfloat16"
     for memory in ("off", "on"):
         label = "fast" if memory == "off" else "fast, channels last"
-        out[label] = lambda m=memory: fast(vae, channels_last=m, max_gib=gib)
+        out[label] = lambda m=memory: fast(vae, channels_last=m, fused="off", max_gib=gib)
+    if type(vae).__name__ in CAUSAL and options.device != "cpu":
+        out["fast, fused"] = lambda: fast(vae, max_gib=gib)
+        out["fast, fused, 4 GiB"] = lambda: fast(vae)
     # A processor that emulates bfloat16 takes minutes, and says nothing about those that do not.
     if options.device != "cpu" or fast_bf16_cpu():
-        out[f"fast, {low}"] = lambda: fast(vae, dtype=low, max_gib=gib)
+        label = (
+            f"fast, fused, {low}"
+            if type(vae).__name__ in CAUSAL and options.device != "cpu"
+            else f"fast, {low}"
+        )
+        out[label] = lambda: fast(vae, dtype=low, max_gib=gib)
     for mode in modes:
         out[f"fast, compiled ({mode})"] = lambda m=mode: fast(vae, compile=m, max_gib=gib)
     if type(vae).__name__ in CAUSAL:
@@ -149,6 +159,12 @@ def errors(got: torch.Tensor, want: torch.Tensor) -> dict[str, float]:
     }
 
 
+def truth(vae: Any, z: torch.Tensor) -> torch.Tensor:
+    """Frames of plain diffusers in float32, from the same weights and latents."""
+    exact = copy.deepcopy(vae).float()
+    return exact.decode(z.float(), return_dict=False)[0]
+
+
 def measure(
     vae: Any, z: torch.Tensor, options: argparse.Namespace, record: Record, clock: Clock
 ) -> dict[str, Any]:
@@ -157,7 +173,8 @@ def measure(
     runs: dict[str, Callable[[], Any]] = {}
     rows: dict[str, dict[str, Any]] = {}
     record.add({"vae": type(vae).__name__, "latents": list(z.shape), "contenders": rows})
-    want: torch.Tensor | None = None
+    want = truth(vae, z)
+    clear(device)
     for name, make in contenders(vae, options, dtype).items():
         if clock.over:
             record.leave_out(name, "the budget was spent")
@@ -173,7 +190,6 @@ def measure(
                 torch.cuda.synchronize()
             first = time.perf_counter() - started
             peak = torch.cuda.max_memory_allocated() - before if gpu else None
-            want = got if want is None else want
             row = {"settings": said, "first_seconds": first, "peak_bytes": peak, "errors": errors(got, want)}
             if isinstance(decode, VaeDecoder):
                 row["pieces"] = str(decode.pieces(z))
@@ -182,7 +198,7 @@ def measure(
             record.save()
         # Compilers and memory fail in their own ways; the reason is part of the result.
         except Exception as error:
-            if want is None:
+            if name == "plain":
                 raise
             record.leave_out(name, f"failed: {type(error).__name__}: {str(error).strip()[:300]}")
         clear(device)
@@ -227,6 +243,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--compile", type=int, choices=(0, 1, 2), default=None, help="modes: none, default, both"
     )
+    out.add_argument("--search", action="store_true", help="let cuDNN measure its kernels first")
     out.add_argument("--max-gib", type=float, default=24.0, help="bound on activations of a piece")
     out.add_argument("--only", nargs="*", default=[], help="contenders whose names hold one of these words")
     out.add_argument("--repeats", type=int, default=7)
@@ -243,7 +260,8 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     options.compile = (2 if gpu else 0) if options.compile is None else options.compile
     dtype = getattr(torch, options.dtype or ("bfloat16" if gpu else "float32"))
     if gpu:
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = options.search
+        torch.backends.cudnn.allow_tf32 = False
     clock = Clock(options.budget)
     said = {k: v for k, v in vars(options).items() if k not in ("out", "tiny")} | {"dtype": str(dtype)}
     record = Record(options.out, options.device, said | {"tiny": options.tiny and options.tiny.name})

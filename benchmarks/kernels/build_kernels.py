@@ -70,6 +70,7 @@ def cases(capability: int) -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"block_select mass {mass:g}", pick
     yield from clusters()
     yield from linears(capability)
+    yield from decoder_passes()
 
 
 def linears(capability: int) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -103,6 +104,18 @@ def linears(capability: int) -> Iterator[tuple[str, Callable[[], object]]]:
                 run, a, scales[0], b, scales[1], torch.zeros(1536), after, torch.bfloat16
             )
             yield f"scaled_matmul {name}{kind} {what}", call
+
+
+def decoder_passes() -> Iterator[tuple[str, Callable[[], object]]]:
+    """What stands between the convolutions of a video decoder."""
+    from vivace.kernels.pixel_rows import triton as rows
+
+    for channels, dtype in ((96, torch.bfloat16), (384, torch.float16)):
+        x = torch.zeros(1, channels, 2, 8, 8, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
+        vector = torch.zeros(channels, dtype=dtype)
+        yield f"norm_silu {channels}", functools.partial(rows.norm_silu, x, vector, vector, None, 2)
+        yield f"add_rows {channels}", functools.partial(rows.add_rows, x, x.clone(), vector)
+        yield f"double_pixels {channels}", functools.partial(rows.double_pixels, x)
 
 
 def clusters() -> Iterator[tuple[str, Callable[[], object]]]:

@@ -45,7 +45,16 @@ def clip(kind: str, rows: int = 1, frames: int = 3, side: int = 4):
 @pytest.mark.parametrize("kind", ["wan2.1", "embedded"])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"chunk": 1}, {"chunk": 2, "channels_last": "on"}, {"tile": 3}, {"chunk": 2, "tile": 2}],
+    [
+        {},
+        {"chunk": 1},
+        {"chunk": 2, "channels_last": "on"},
+        {"tile": 3},
+        {"chunk": 2, "tile": 2},
+        {"fused": "on"},
+        {"fused": "on", "chunk": 1},
+        {"fused": "on", "chunk": 2, "tile": 2},
+    ],
     ids=str,
 )
 def test_pieces_equal_the_whole(kind, settings):

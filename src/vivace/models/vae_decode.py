@@ -10,9 +10,11 @@ import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vivace.core.errors import ConfigError
+from vivace.kernels.api import Choice, select
+from vivace.kernels.pixel_rows.spec import OP
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +32,7 @@ GENERIC = {
 DTYPES = ("own", "bfloat16", "float16")
 FORMATS = ("auto", "on", "off")
 COMPILE = ("off", "default", "max-autotune")
+FUSED = ("auto", "on", "off")
 SMALLEST_TILE = 4
 """Latent positions: below, halos cost more than they save."""
 
@@ -43,6 +46,8 @@ class DecodeOptions:
         channels_last: memory format `channels_last_3d`; `auto`: on GPUs.
         compile: mode of `torch.compile` for the repeated parts. `max-autotune` leaves CUDA graphs out: a graph that
             is run again for the next block would overwrite what the last one returned.
+        fused: passes between the convolutions joined (`vivace.kernels.pixel_rows`), which goes with channels last and
+            without compiling; `auto`: where a GPU runs the Triton kernels and neither is asked otherwise.
         chunk: latent frames of a piece; 0: as many as fit into `max_gib`.
         tile: latent positions of a tile's side; 0: no tiles as long as one frame fits into `max_gib`.
         slicing: one sample of a batch at a time, also where more would fit.
@@ -53,6 +58,7 @@ class DecodeOptions:
     dtype: str = "own"
     channels_last: str = "auto"
     compile: str = "off"
+    fused: str = "auto"
     chunk: int = 0
     tile: int = 0
     slicing: bool = False
@@ -230,9 +236,29 @@ class VaeDecoder:
     def _network(self) -> WanDecode:
         from vivace.models.wan_decode import WanDecode
 
+        if (rows := self.rows()) is not None:
+            from vivace.models.wan_decode_rows import RowsDecode
+
+            joined = cast(Any, rows.run)  # an object with one method for each pass
+            return self._made_of(lambda: RowsDecode(self.vae, self.dtype(), joined))
         return self._made_of(
             lambda: WanDecode(self.vae, self.dtype(), self._last_format(), compiler(self.options))
         )
+
+    def rows(self) -> Choice | None:
+        """What joins the passes between the convolutions, with the reason; None where they stay apart."""
+        options = self.options
+        if not self.causal or options.fused == "off":
+            return None
+        if options.fused == "auto" and (options.compile != "off" or not self._last_format()):
+            return None
+        weights = next(self.vae.decoder.parameters())
+        context = {
+            "device": weights.device.type,
+            "channels": max(p.shape[0] for p in self.vae.decoder.parameters()),
+        }
+        chosen = select(OP, **context)
+        return None if options.fused == "auto" and chosen.name == "reference" else chosen
 
     def _twin(self) -> Any:
         return self._made_of(self._make_twin)

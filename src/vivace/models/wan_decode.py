@@ -170,6 +170,7 @@ class WanDecode:
         self.exit_gain, self.exit = self._gain(net.norm_out), self._conv(net.conv_out)
         wrap: Compile = (lambda f: _limited(compile(f))) if compile is not None else (lambda f: f)
         self._unit, self._block, self._space = wrap(unit), wrap(residual), wrap(double_space)
+        self._time = double_time
 
     # -- weights --------------------------------------------------------------------------------------------------
 
@@ -354,10 +355,11 @@ class _Step:
     def double_time(self, name: str, x: Tensor, conv: Conv) -> Tensor:
         """The clip's first frame passes by; the convolution never sees it."""
         if self.memory.begun:
-            return double_time(self.conv(name, x, None, conv))
+            return self.net._time(self.conv(name, x, None, conv))
         if x.shape[2] == 1:
             return x
-        return torch.cat((x[:, :, :1], double_time(self.conv(name, x[:, :, 1:], None, conv))), dim=2)
+        later = self.net._time(self.conv(name, x[:, :, 1:], None, conv))
+        return torch.cat((x[:, :, :1], later), dim=2)
 
 
 def crop(x: Tensor, margins: Margins, need: int) -> tuple[Tensor, Margins]:

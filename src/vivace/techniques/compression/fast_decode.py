@@ -13,6 +13,7 @@ from vivace.models.vae_decode import (
     COMPILE,
     DTYPES,
     FORMATS,
+    FUSED,
     DecodeOptions,
     VaeDecoder,
     around,
@@ -55,6 +56,8 @@ class FastDecode(Technique):
     """Memory format channels_last_3d; auto: on GPUs."""
     compile: str = knob("off", choices=COMPILE)
     """Mode of torch.compile for the blocks that repeat; the first clip of a shape pays for it."""
+    fused: str = knob("auto", choices=FUSED)
+    """Norm, SiLU, biases and sums in joined passes between convolutions; auto: on GPUs, where nothing is compiled."""
     chunk: int = knob(0, low=0, high=1024)
     """Latent frames of a piece; 0: as many as fit into max_gib."""
     tile: int = knob(0, low=0, high=4096)
@@ -66,7 +69,7 @@ class FastDecode(Technique):
 
     @classmethod
     def examples(cls, workdir: Any, pipeline: Any) -> tuple[Self, ...]:
-        return (cls(chunk=1, tile=3), cls(slicing=True, channels_last="on"))
+        return (cls(chunk=1, tile=3), cls(slicing=True, channels_last="on"), cls(fused="on"))
 
     def options(self) -> DecodeOptions:
         """The settings as the decoder takes them."""
@@ -74,6 +77,7 @@ class FastDecode(Technique):
             dtype=self.dtype,
             channels_last=self.channels_last,
             compile=self.compile,
+            fused=self.fused,
             chunk=self.chunk,
             tile=self.tile,
             slicing=self.slicing,
@@ -85,9 +89,22 @@ class FastDecode(Technique):
 
     def check(self, model: ModelDescription) -> list[Problem]:
         kind = model.components.get("vae", "")
-        if kind in CAUSAL or self.missing(model):
+        if self.missing(model):
             return []
         problems = []
+        if self.fused == "on":
+            against = {
+                f"only {', '.join(CAUSAL)} can be decoded with fused passes, not {kind}": kind not in CAUSAL,
+                "fused passes take channels_last_3d": self.channels_last == "off",
+                "fused passes are not compiled": self.compile != "off",
+            }
+            problems += [
+                self.problem("settings", f"{why}; leave fused at auto.")
+                for why, holds in against.items()
+                if holds
+            ]
+        if kind in CAUSAL:
+            return problems
         if self.chunk or self.tile:
             message = f"only {', '.join(CAUSAL)} can be decoded in exact pieces, not {kind}; leave chunk and tile at 0."
             problems.append(self.problem("pieces", message))
@@ -113,7 +130,9 @@ class FastDecode(Technique):
                     else:
                         cut = decoder.pieces(z)
                         target.report(NAME, "clips", z.shape[0])
-                        target.chosen(Choice("vae_decode", _name(self, cut.tile), str(cut), decoder))
+                        joined = decoder.rows()
+                        told = str(cut) if joined is None else f"{cut}; passes joined by {joined.name}"
+                        target.chosen(Choice("vae_decode", _name(self, cut.tile, joined), told, decoder))
                         return sample
                 target.report(NAME, "plain_clips", z.shape[0])
                 target.chosen(Choice("vae_decode", "plain", reason, old))
@@ -124,8 +143,8 @@ class FastDecode(Technique):
         target.edit.wrap(vae, make, "decode")
 
 
-def _name(settings: FastDecode, tile: int) -> str:
+def _name(settings: FastDecode, tile: int, joined: Choice | None) -> str:
     """What was chosen, e.g. `fast+bfloat16+compiled`."""
-    parts = ["fast", "" if settings.dtype == "own" else settings.dtype]
+    parts = ["fast", "" if settings.dtype == "own" else settings.dtype, "" if joined is None else "fused"]
     parts += ["compiled" if settings.compile != "off" else "", "tiled" if tile else ""]
     return "+".join(p for p in parts if p)

@@ -1,0 +1,1 @@
+"""Norm and SiLU, residuals and doubling between the convolutions of a video decoder; see `spec`."""
