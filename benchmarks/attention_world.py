@@ -21,27 +21,16 @@ steps are not left dense there, so that a part is the same alone and with a solv
 
 from __future__ import annotations
 
-import argparse
-import shlex
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import vivace.evaluation.video
-from vivace.core.errors import VivaceError
-from vivace.evaluation.bench import Bench, Options
-from vivace.evaluation.task import Task
+from world_runs import parser, run
+
 from vivace.plans.plan import Plan
 from vivace.techniques.base import Technique, registry
 
-NO_VIDEOS = "--no-videos"
-if NO_VIDEOS in sys.argv:
-    # At the top, since worker processes import this module and get the same arguments.
-    vivace.evaluation.video.write_mp4 = lambda *args, **kwargs: None  # type: ignore[assignment]
-
 PLANS = "benchmarks/plans"
-METRICS = ("psnr", "ssim", "lpips_alex", "attributes", "dynamic_degree", "latent_error", "flicker")
 
 SVG2 = "svg2.dense_layers=0,svg2.first=5,svg2.later=1"
 SPARGE = "sparge_attention.block=64,sparge_attention.similar=-1.0"
@@ -187,60 +176,7 @@ def save(out: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="the store; several runs may share one")
-    parser.add_argument(
-        "--part", nargs="+", choices=("curves", "composition"), default=["curves", "composition"]
-    )
-    parser.add_argument(
-        "--only", nargs="+", default=[], help="contenders whose name holds one of these texts"
-    )
-    parser.add_argument("--task", default="world-short@1")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--limit", type=int, default=50, help="prompts, of two clips each; 0: all")
-    parser.add_argument("--jobs", type=int, default=12, help="processes, dealt out over all visible GPUs")
-    parser.add_argument("--threads", type=int, default=2, help="of each process")
-    parser.add_argument("--metrics", nargs="+", default=METRICS)
-    parser.add_argument(NO_VIDEOS, action="store_true", help="keep no clips for the eye")
-    parser.add_argument("--list", action="store_true", help="show the contenders and stop")
-    args = parser.parse_args()
-    if args.limit < 0 or args.jobs < 1:
-        parser.error("--limit is 0 or more, and --jobs at least 1.")
-    chosen = specs(args.part, args.only, args.out)
-    if not chosen:
-        parser.error(f"no contender's name holds {' or '.join(args.only)}; see --list.")
-    if args.list:
-        print(*chosen, sep="\n")
-        return 0
-    if "composition" in args.part:
-        save(args.out)
-    started = time.perf_counter()
-
-    def watch(name: str, done: int, total: int) -> None:
-        if done > 0:
-            print(f"{time.perf_counter() - started:6.1f} s  {done}/{total}  {name}", flush=True)
-
-    options = Options(
-        device=args.device,
-        timing=False,
-        memory=False,
-        limit=args.limit,
-        metrics=tuple(args.metrics),
-        jobs=args.jobs,
-        threads=args.threads,
-        command=shlex.join(["python", *sys.argv]),
-    )
-    try:
-        outcome = Bench(Task.load(args.task), chosen, args.out, options, watch).run()
-    except VivaceError as error:
-        parser.error(str(error))
-    for what, found in (("refused", outcome.refused), ("failed", outcome.failed)):
-        for name, why in found.items():
-            print(f"{what}: {name}: {why}")
-    print(f"{len(outcome.records)} records in {args.out}, {time.perf_counter() - started:.0f} s")
-    return 1 if outcome.failed else 0
+    return run(parser(__doc__, ("curves", "composition")), lambda a: specs(a.part, a.only, a.out), save)
 
 
 if __name__ == "__main__":

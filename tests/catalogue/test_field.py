@@ -111,9 +111,9 @@ def test_filters():
     assert {m.name for m in catalogue.select(family="b0")} == {"flashattention-2", "flashattention-3"}
     assert {m.status for m in catalogue.select(status="out-of-scope")} == {"out of scope"}
     assert all("Wan" in " ".join(m.bases) for m in catalogue.select(base="wan2.1"))
-    both = catalogue.select(training="none", status="peer")
+    both = catalogue.select(training="none", status="planned")
     assert both
-    assert all(m.training == "none" and m.status == "peer" for m in both)
+    assert all(m.training == "none" and m.status == "planned" for m in both)
 
 
 @pytest.mark.parametrize(

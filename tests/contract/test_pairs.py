@@ -13,10 +13,9 @@ import torch
 from cases import WHOLE, case_of, full
 
 from vivace.core.errors import PlanError
-from vivace.plans.plan import Plan
 from vivace.techniques.base import registry
 from vivace.testing.fingerprints import differences, fingerprint
-from vivace.testing.subjects import Subject
+from vivace.testing.subjects import Subject, plan_of
 
 PARTNERS = ("int8_linear", "radial")
 
@@ -57,11 +56,11 @@ def test_pair_works_or_is_refused(pair: tuple[str, str]):
     assert run.latents.equal(turned.latents), "the result depends on the order of the plan"
     assert run.latents.equal(again.latents), "two equal runs differ"
     assert run.receipt.counts == turned.receipt.counts == again.receipt.counts
-    assert {t.name for t in run.receipt.techniques} == set(pair)
+    assert {t.name for t in run.receipt.techniques} == {t.card.name for t in plan_of(*both).techniques}
     assert all(t.edits > 0 for t in run.receipt.techniques)
     assert not differences(before, fingerprint(subject.pipeline))
     assert subject.glance().equal(glance), "the output is not exact after the pair is undone"
 
 
 def _errors(techniques, subject: Subject):
-    return [p for p in Plan(techniques).problems(subject.model) if p.severity == "error"]
+    return [p for p in plan_of(*techniques).problems(subject.model) if p.severity == "error"]

@@ -82,3 +82,16 @@ def test_integers_beyond_what_float32_counts() -> None:
             continue
         y = scaled_matmul(a, one, a, torch.ones_like(one), None, After(), torch.bfloat16, backend)
         assert torch.equal(y, torch.full_like(y, 127 * 127 * k * 2.0**-14)), backend
+
+
+@pytest.mark.parametrize("group", [0, 32, 64])
+def test_grouped_integers_multiply_on_a_gpu(group) -> None:
+    from vivace.kernels.quant_linear import int_mm, reference
+    from vivace.kernels.quant_linear.spec import Recipe
+
+    layer = torch.nn.Linear(256, 96, device="cuda", dtype=torch.bfloat16)
+    recipe = Recipe("int4", "int4", group)
+    x = draw(1, 70, 256)
+    with torch.no_grad():
+        want, got = (module.quantise(layer, recipe)(x) for module in (reference, int_mm))
+    assert relative(got, want) < 4e-3

@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_fakes_have_the_shapes() -> None:
-    x, gain = draw(1, 8, 2, 4, 4), torch.ones(8)
+    x, gain = draw(1, 8, 2, 4, 4), torch.ones(8, device=DEVICE)
     torch.library.opcheck(torch.ops.vivace.norm_silu.default, (x, gain, None, None, 2, "reference"))
     torch.library.opcheck(torch.ops.vivace.add_rows.default, (x, x.clone(), gain, "reference"))
     torch.library.opcheck(torch.ops.vivace.double_pixels.default, (x, "reference"))

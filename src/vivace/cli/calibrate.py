@@ -53,7 +53,8 @@ def calibrate(
     target: Annotated[
         str | None,
         typer.Option(
-            help="Also solve for speedup=2.0 (times less work) or loss=0.05 (relative error of the final latent).",
+            help="Also solve for speedup=2.0 (times less work) or loss=0.05 (relative error of the final latent); "
+            "for quantized_linear bits=5, bytes=4e9 or loss=0.05.",
             show_default=False,
         ),
     ] = None,
@@ -62,7 +63,8 @@ def calibrate(
         typer.Option(
             help="What --target is solved for: optimal_schedule, teacache, magcache, first_block_cache or easycache, "
             "with settings where wanted (teacache@warmup=2,tail=1). Without --target: search the attention masks of "
-            "sparse_vdit, sliding_tile, efficient_vdit or paro (paro@mass=0.9)."
+            "sparse_vdit, sliding_tile, efficient_vdit or paro (paro@mass=0.9). quantized_linear: choose formats layer "
+            "by layer for the target (@formats=int4+int8,by=layer), record activation maxima (@smooth=0.5), or both."
         ),
     ] = SCHEDULE,
     verify: Annotated[
@@ -114,10 +116,12 @@ def calibrate(
     prompt when the same command is given again. With --target the schedule or threshold is solved on that file, and
     real runs of a prompt that was not measured show what it saves (and costs, for a loss) and correct it. With --solver
     a solver is fitted to the exact runs instead, with the --technique of a mask method its masks are searched (from the
-    beginning, also after an interrupt).
+    beginning, also after an interrupt). With quantized_linear what each format costs each layer is measured; an
+    interrupted measurement goes on behind the last finished layer.
     """
     from rich.markup import escape
 
+    from vivace.cli import calibrate_bits as bits
     from vivace.cli.calibrate_masks import is_masked, search_and_tell, wanted
     from vivace.cli.calibrate_target import Check, Question, as_plan, told
     from vivace.cli.shared.output import Outputs
@@ -128,13 +132,15 @@ def calibrate(
     from vivace.plans.solving import technique_for
     from vivace.techniques.base import registry
 
-    wish = _target(target) if target else None
+    quantised = solver is None and bits.is_quantised(technique)
+    formats = bits.wanted(technique, target) if quantised else None
+    wish = _target(target) if target and formats is None else None
     if solver is not None and (wish is not None or technique != SCHEDULE):
         raise ConfigError("--solver fits a solver and nothing else; leave --target and --technique out.")
     if solver is None and (search or rounds):
         raise ConfigError("--search and --rounds need --solver, for example --solver 12.")
     sought = wanted(technique) if solver is None and wish is None and is_masked(technique) else None
-    alone = solver is None and wish is None and sought is None
+    alone = solver is None and wish is None and sought is None and formats is None
     if alone and (plan_file is not None or technique != SCHEDULE):
         if technique != SCHEDULE:
             registry[technique.partition("@")[0]]  # a wrong name is told before what else is missing
@@ -162,6 +168,10 @@ def calibrate(
         search_and_tell(job, texts, unseen, sought, **kept)
         return
     part = output.with_name(output.name + ".part")
+    if formats is not None:
+        with _resumable(part, "layers"):
+            bits.calibrate_and_tell(job, texts, unseen, formats, part=part, **kept)
+        return
     if solver is not None:
         from vivace.cli.calibrate_solver import fit_solver
 
@@ -195,8 +205,8 @@ def calibrate(
 
 
 @contextlib.contextmanager
-def _resumable(part: Path) -> Iterator[None]:
-    """An interrupt says that finished prompts are kept, where one is: in a file, or in the files of a folder."""
+def _resumable(part: Path, what: str = "prompts") -> Iterator[None]:
+    """An interrupt says that what is finished is kept, where anything is: in a file, or in the files of a folder."""
     import shutil
 
     from vivace.core.errors import Interrupted
@@ -208,7 +218,7 @@ def _resumable(part: Path) -> Iterator[None]:
             shutil.rmtree(part, ignore_errors=True)
             raise
         raise Interrupted(
-            f"interrupted; unfinished files were removed. Finished prompts are kept in {part}: "
+            f"interrupted; unfinished files were removed. Finished {what} are kept in {part}: "
             "the same command goes on behind them."
         ) from None
 

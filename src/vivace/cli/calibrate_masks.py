@@ -138,12 +138,13 @@ def search_and_tell(
 
 
 @dataclass
-class _Lines:
-    """One progress line for each prompt; the search tells of steps only."""
+class Lines:
+    """One progress line for each prompt; what runs tells of steps only."""
 
     prompts: int
     steps: int
     stack: contextlib.ExitStack
+    what: str = ""
     _lines: list[Any] = field(default_factory=list)
     _done: int = 0
 
@@ -152,7 +153,9 @@ class _Lines:
 
         self.stack.pop_all().close()
         number = self._done // self.steps + 1
-        self._lines[:] = [self.stack.enter_context(Steps(f"{number} of {self.prompts}", self.steps))]
+        self._lines[:] = [
+            self.stack.enter_context(Steps(f"{self.what}{number} of {self.prompts}", self.steps))
+        ]
 
     def on_step(self, clock: Clock, record: StepRecord) -> None:
         if self._done and self._done % self.steps == 0:
@@ -168,7 +171,7 @@ def _searched(job: Job, pipeline: object, prompts: Sequence[str], sought: Wanted
     from vivace.plans.mask_searching import search_masks, search_orders
 
     with contextlib.ExitStack() as stack:
-        lines = _Lines(len(prompts), job.workload.steps, stack)
+        lines = Lines(len(prompts), job.workload.steps, stack)
         lines.open()
         common = {"model": job.model, "seed": seed, "on_step": lines.on_step, **job.call, **sought.search}
         if sought.name in ORDERED:

@@ -147,6 +147,8 @@ class StateStore:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
+        self.form: Any = None
+        """How caches keep tensors, in the place of their own settings; set through the ledger by `cache_format`."""
         self._data: dict[tuple[Hashable, ...], Any] = {}
 
     def get(self, technique: str, site: Hashable, make: Callable[[], T]) -> T:
@@ -177,8 +179,17 @@ class StateStore:
     def __len__(self) -> int:
         return len(self._data)
 
+    def items(self) -> list[tuple[tuple[Hashable, ...], Any]]:
+        """Everything that is remembered, by (technique, site, branch, expert)."""
+        return list(self._data.items())
+
     def nbytes(self) -> int:
         """Bytes held by tensors in the store, walked through containers and instance attributes."""
+        return self.size(self._data)
+
+    @staticmethod
+    def size(whole: Any) -> int:
+        """Bytes of the tensors in a value, walked likewise."""
         import torch
 
         seen: set[int] = set()
@@ -196,4 +207,4 @@ class StateStore:
             slots = [getattr(value, s, None) for s in getattr(type(value), "__slots__", ())]
             return sum(map(size, [*getattr(value, "__dict__", {}).values(), *slots]))
 
-        return size(self._data)
+        return size(whole)

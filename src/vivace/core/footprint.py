@@ -6,13 +6,15 @@ Pure arithmetic on what `vivace.plans.memory` found out; techniques change a cop
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 TEXT, DENOISE, DECODE = "text", "denoise", "decode"
 STAGES = (TEXT, DENOISE, DECODE)
 Placement = Literal["device", "model_offload", "group_offload"]
+STREAM, OUTPUT = "stream", "output"
+_WIDTHS = {"bf16": 2, "fp8": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,27 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class Remembered:
+    """Histories of a cache: how many, how long, what they hold, and how it is stored.
+
+    `what` is `stream` (what lies between two blocks, or a module's output of its size) or `output` (of the network).
+    """
+
+    histories: int
+    depth: int
+    what: str
+    storage: str
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How remembered tensors are packed: `bytes_of(what)` of one, but for the `residual` newest of every history."""
+
+    bytes_of: Callable[[str], int]
+    residual: int
+
+
+@dataclass(frozen=True, slots=True)
 class Footprint:
     """What a generation needs on the device that computes, in bytes, and how it comes about."""
 
@@ -76,11 +99,18 @@ class Footprint:
     held: Mapping[str, int] = field(default_factory=dict)
     """By stage, tensors of the pipeline that live beside the call under way: latents, embeddings, the solver's past."""
     kept: int = 0
-    """What caches remember from step to step."""
+    """What techniques remember from step to step; of caches, as they store it."""
+    remembered: tuple[Remembered, ...] = ()
+    """What of it lies in histories of caches, which another format may hold for."""
+    packing: Packing | None = None
     stream: int = 0
     """One guidance branch of one sample between two blocks: the video stream, and the text stream if there is one."""
     output: int = 0
     """What the transformer gives for one guidance branch of one sample."""
+    channels: int = 0
+    """Of the stream: what one token has."""
+    positions: int = 0
+    """Of the output: what one channel has."""
     size: int = 2
     """Bytes of one element of the streams."""
     rows: int = 1
@@ -99,10 +129,25 @@ class Footprint:
         except StopIteration:
             raise KeyError(name) from None
 
-    def keeping(self, values: int, each: int, storage: str = "same") -> Footprint:
-        """With `values` tensors of `each` bytes kept from step to step for every row, stored as caches store them."""
-        width = {"same": self.size, "bf16": 2, "fp8": 1}[storage]
-        return replace(self, kept=self.kept + self.rows * values * each * width // self.size)
+    def remembering(self, histories: int, depth: int, what: str = STREAM, storage: str = "same") -> Footprint:
+        """With so many more histories of `depth` values each kept from step to step, for all rows together."""
+        new = Remembered(histories, depth, what, storage)
+        more = self._bytes_of(new, self.packing)
+        return replace(self, kept=self.kept + more, remembered=(*self.remembered, new))
+
+    def packed(self, packing: Packing) -> Footprint:
+        """With another format for everything that caches remember, told before or after."""
+        change = sum(self._bytes_of(r, packing) - self._bytes_of(r, self.packing) for r in self.remembered)
+        return replace(self, kept=self.kept + change, packing=packing)
+
+    def _bytes_of(self, histories: Remembered, packing: Packing | None) -> int:
+        each = self.stream if histories.what == STREAM else self.output
+        if packing is None:
+            width = _WIDTHS.get(histories.storage, self.size)
+            return histories.histories * histories.depth * each * width // self.size
+        full = min(packing.residual, histories.depth)
+        small = histories.depth - full
+        return histories.histories * (full * each + small * packing.bytes_of(histories.what))
 
     def with_part(self, part: Part) -> Footprint:
         """With another component in the place of the one of its name."""

@@ -346,6 +346,8 @@ class Adapter:
     """Latent frames that the VAE decodes at a time, carrying a cache of past ones along; 0 where it does otherwise."""
     usual: ClassVar[Mapping[str, Any]] = {}
     """Call arguments the family's models are usually run with."""
+    fuses_blocks: ClassVar[bool] = False
+    """Whether `fused_block` knows the family's blocks."""
 
     def expert(self, name: str, module: nn.Module) -> Expert:
         """Find blocks, attention sites and linears of a live transformer."""
@@ -358,7 +360,10 @@ class Adapter:
                 for path, kind in self.attention.items():
                     if (found := getattr(block, path, None)) is not None:
                         expert.attentions.append(
-                            AttentionSite(f"{site}.{path}", index, found, kind, heads, head_dim)
+                            # A pruned module has fewer heads than the configuration says.
+                            AttentionSite(
+                                f"{site}.{path}", index, found, kind, getattr(found, "heads", heads), head_dim
+                            )
                         )
                 for path, kind in self.feed_forward.items():
                     if (found := getattr(block, path, None)) is not None:
@@ -446,6 +451,14 @@ class Adapter:
         q, k, v are (B, S, H, D) as diffusers' dispatcher takes them; the kernel returns (B, S, H, D).
         """
         raise TypeError(f"the {self.family} adapter cannot change attention")
+
+    def fused_block(self, block: Block) -> Callable[..., torch.Tensor] | str | None:
+        """A block's forward with what stands around its `FusedLinear`s (`vivace.models.fused_parts`) run inside them.
+
+        A string is the reason why this block cannot have one; None: the family has none, or no part of the block has
+        all the layers that it takes.
+        """
+        return None
 
     def whole_clip_decoder(self, vae: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """`decode(latents) -> video`, equal to the VAE's own decoding in chunks; None where there is no such pass.

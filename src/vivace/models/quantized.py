@@ -8,22 +8,32 @@ The file is safetensors: codes, scales, branches and what was not quantised, as 
 recipes in its head. Loading builds the model without storage, puts quantised layers in their places and then fills
 tensor by tensor, so that weights in full precision are at no time in memory. Original weights that a session keeps for
 full steps are not saved.
+
+`TrainedLinears` is the smaller file of training aware of quantisation (`vivace.training.quantization`): the trained
+layers alone, for the model that they were distilled from; `quantized_linear(trained=FILE)` puts them in.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
-from vivace.core.errors import WeightsError
-from vivace.kernels.api import AUTO, select
+from vivace.core.errors import ConfigError, WeightsError
+from vivace.kernels.api import AUTO, Choice, select
 from vivace.kernels.quant_linear.spec import OP, Recipe, layer_class
 
+if TYPE_CHECKING:
+    import torch
+
 FORMAT, VERSION = "vivace-quantized", "1"
+TRAINED_FORMAT, TRAINED_VERSION = "vivace-trained-quantization", "1"
+TRAINER = "python -m vivace.training.quantization"
 _KEPT = ".original"
+_PARTS = ("weight", "scale", "outer", "smooth", "down", "up", "bias")
 
 
 def save_quantized(transformer: Any, path: str | Path) -> Path:
@@ -147,3 +157,149 @@ def _put(model: Any, name: str, tensor: Any, path: str | Path) -> None:
         module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
     else:
         module._buffers[leaf] = tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainedLinears:
+    """Quantised layers that were trained with their rounding in force.
+
+    Attributes:
+        family, model_hash: of the exact model; an empty hash fits any weights.
+        recipe: of every layer.
+        smooth: share of the activations' range that was moved into the weights.
+        layers: address of a linear -> tensors of the layer: `weight` (codes), `scale`, and where there are any `outer`,
+            `smooth` (float32, 1 / s), `down` and `up` (the branch, bf16), `bias` (float32).
+        told: steps, losses and errors, for people.
+    """
+
+    family: str
+    model_hash: str
+    recipe: Recipe
+    layers: Mapping[str, Mapping[str, torch.Tensor]]
+    smooth: float = 0.0
+    told: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the file; folders are made."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        head = {
+            "format": TRAINED_FORMAT,
+            "version": TRAINED_VERSION,
+            "family": self.family,
+            "model_hash": self.model_hash,
+            "recipe": json.dumps(self.recipe.to_dict()),
+            "smooth": json.dumps(self.smooth),
+            "told": json.dumps(self.told),
+        }
+        tensors = {f"{site}.{part}": t for site, parts in self.layers.items() for part, t in parts.items()}
+        save_file(tensors, path, head)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path, *, tensors: bool = True) -> Self:
+        """Read a file; without `tensors` those on the meta device, for what can be said without them.
+
+        Raises:
+            ConfigError: there is no such file, or it is something else; the sentence says what to do.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise ConfigError(f"there is no file of trained quantised layers {path}; make it with {TRAINER}.")
+        layers: dict[str, dict[str, torch.Tensor]] = {}
+        try:
+            with safe_open(path, "pt") as reader:
+                head = reader.metadata() or {}
+                if head.get("format") != TRAINED_FORMAT or head.get("version") != TRAINED_VERSION:
+                    raise ConfigError(
+                        f"{path} holds no trained quantised layers of version {TRAINED_VERSION}; "
+                        f"make them with {TRAINER}."
+                    )
+                for name in reader.keys():  # noqa: SIM118  # a reader, not a dictionary
+                    site, _, part = name.rpartition(".")
+                    if part not in _PARTS:
+                        raise ValueError(f"{name} is no part of a layer")
+                    # A copy, as the file's own memory is not aligned.
+                    value = reader.get_tensor(name)
+                    layers.setdefault(site, {})[part] = value.clone() if tensors else value.to("meta")
+            return cls(
+                family=head["family"],
+                model_hash=head["model_hash"],
+                recipe=Recipe(**json.loads(head["recipe"])),
+                smooth=json.loads(head["smooth"]),
+                layers=layers,
+                told=json.loads(head["told"]),
+            )
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{path} cannot be read as trained quantised layers ({error}).") from None
+
+    def unfit(self, path: str, recipe: Recipe, smooth: float) -> str:
+        """Why the file is not of a recipe; empty when it is."""
+        mine = self.recipe.to_dict() | {"smooth": self.smooth}
+        asked = recipe.to_dict() | {"smooth": smooth}
+        wrong = [f"{name} {mine[name]} and not {asked[name]}" for name in mine if mine[name] != asked[name]]
+        if not wrong:
+            return ""
+        return f"{path} was trained with {', '.join(wrong)}; give the settings that it was trained with."
+
+    def unfit_sites(self, path: str, sites: Iterable[str]) -> str:
+        """Why the file does not hold these layers and no others; empty when it does."""
+        wanted = set(sites)
+        if lacking := sorted(wanted - set(self.layers)):
+            more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+            return (
+                f"{path} has no trained layer {lacking[0]}{more}; set roles and skip_blocks as in training."
+            )
+        if strange := sorted(set(self.layers) - wanted):
+            return (
+                f"{path} has a trained layer {strange[0]}, which is not to be quantised here; "
+                "set roles and skip_blocks as in training."
+            )
+        return ""
+
+    def layer(self, site: str, linear: Any, choice: Choice) -> Any:
+        """The quantised layer in the place of `linear`, on its device; codes are those of the file.
+
+        Raises:
+            ConfigError: the tensors are not those of such a layer.
+        """
+        import torch
+
+        parts, device = self.layers[site], linear.weight.device
+        kind = linear.weight.dtype
+        half = kind if kind in (torch.bfloat16, torch.float16) else torch.bfloat16
+        new = layer_class(choice)(
+            linear.in_features, linear.out_features, self.recipe, branch=half, smoothed="smooth" in parts
+        )
+        if new.rotation is not None:
+            new.rotation.to(device)
+        new.bias = linear.bias
+        if "bias" in parts and linear.bias is not None:
+            new.original_bias = linear.bias.detach()
+        for part, value in parts.items():
+            owner = getattr(new, part) if part in ("down", "up") else new
+            name = "weight" if part in ("down", "up") else part
+            there = getattr(owner, name, None)
+            if there is None or there.shape != value.shape:
+                raise ConfigError(
+                    f"the trained {part} of {site} has the shape {tuple(value.shape)}, which the layer does not "
+                    f"take; make the file again with {TRAINER}."
+                )
+            value = value.to(device)
+            if part in ("bias", "down", "up"):
+                value = value.to(there.dtype)
+            if name in owner._parameters:
+                owner._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
+            else:
+                owner._buffers[name] = value
+        tensors = {**dict(new.named_parameters()), **dict(new.named_buffers())}
+        if lacking := next((name for name, t in tensors.items() if t is not None and t.is_meta), None):
+            raise ConfigError(
+                f"the file of trained layers lacks {site}.{lacking}; make it again with {TRAINER}."
+            )
+        return new.train(linear.training)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -365,3 +365,14 @@ def _converted(module: Any, dtype: torch.dtype, channels_last: bool) -> Any:
                     new = new.contiguous(memory_format=torch.channels_last_3d)
                 kind[name] = torch.nn.Parameter(new, requires_grad=False) if kind is part._parameters else new
     return twin
+
+
+def bare(class_name: str, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """A VAE of a class without weights, on the meta device, to count what decoding takes."""
+    import diffusers
+    import torch
+
+    # The constructors want lists where a configuration in Python has tuples.
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
+    with torch.device("meta"):
+        return getattr(diffusers, class_name).from_config(plain).eval().to(dtype)

@@ -14,7 +14,7 @@ import torch
 
 from vivace.core.context import COND
 from vivace.core.shapes import Workload
-from vivace.models.adapter import Adapter, AttentionSite, BlockLayout, Guidance, ModelDescription
+from vivace.models.adapter import Adapter, AttentionSite, Block, BlockLayout, Guidance, ModelDescription
 
 IMAGE_TEXT_LENGTH = 512
 """Text length that diffusers assumes behind the image tokens of image-to-video models."""
@@ -29,6 +29,7 @@ class WanAdapter(Adapter):
     transformer_classes = ("WanTransformer3DModel",)
     guidance = Guidance.SEPARATE
     decode_chunk = 1
+    fuses_blocks = True
     layouts: ClassVar[Mapping[str, BlockLayout]] = {
         "blocks": BlockLayout(batched=("hidden_states", "encoder_hidden_states", "temb"), rotary="rotary_emb")
     }
@@ -72,6 +73,11 @@ class WanAdapter(Adapter):
         if config.get("image_dim"):
             call["encoder_hidden_states_image"] = new(rows, IMAGE_TOKENS, config["image_dim"])
         return call
+
+    def fused_block(self, block: Block) -> Callable[..., torch.Tensor] | str | None:
+        from vivace.models.wan_fused import fused_forward
+
+        return fused_forward(block.module)
 
     def whole_clip_decoder(self, vae: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
         if (vae if isinstance(vae, str) else type(vae).__name__) != "AutoencoderKLWan":

@@ -13,22 +13,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from vivace.core.context import COND, FUSED, UNCOND
+from vivace.core.context import FUSED
 from vivace.core.errors import ModelError
 from vivace.core.footprint import DECODE, DENOISE, TEXT, Footprint, LinearSize, Part
 from vivace.core.shapes import Workload
 from vivace.models.adapter import Adapter, ExpertDescription, Guidance, ModelDescription
+from vivace.plans.dry_run import BUILT, CannotTell, branches_of, dry_run
 
 if TYPE_CHECKING:
     import torch
 
     from vivace.plans.plan import Plan
+    from vivace.techniques.base import Technique
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 FILLED = 2
 """Chunks after which the caches of a decoder that goes chunk by chunk are full."""
-BUILT = 2
-"""Blocks of each list that are built: the second one runs beside everything that the first one leaves."""
 
 
 def predict(
@@ -58,9 +58,32 @@ def predict(
 
 def planned(model: ModelDescription, workload: Workload, base: Footprint, plan: Plan) -> Footprint:
     """The exact run's footprint with a plan's techniques added, in their order."""
-    for technique in plan.fitted(model).ordered():
+    techniques = plan.fitted(model).ordered()
+    for technique in techniques:
         base = technique.memory(model, workload, base)
+    if dry := [t for t in techniques if t.dry]:
+        base = _dried(model, workload, base, dry)
     return base
+
+
+def _dried(
+    model: ModelDescription, workload: Workload, base: Footprint, techniques: list[Technique]
+) -> Footprint:
+    """With what techniques make inside the transformers, counted where they run without numbers."""
+    import torch
+
+    dtype = torch.float32 if base.size == 4 else torch.bfloat16
+    kept = 0
+    for expert in model.experts:
+        try:
+            taken = dry_run(model, expert, workload, techniques, dtype)
+        except CannotTell:
+            # As before these techniques: they hold less at a time, and tables beside it that nobody has counted.
+            continue
+        working = max(taken.working, _solver(model, workload, base.output // base.size))
+        base = base.with_part(replace(base.part(expert.name), working=working))
+        kept += taken.kept
+    return replace(base, kept=base.kept + kept)
 
 
 def exact(
@@ -81,25 +104,28 @@ def exact(
         if "vae" in model.components:
             part, decodes = _vae(model.adapter, model, workload, vae_kind)
             parts.append(part)
-    latents, text, width = _sizes(model.adapter, model, workload)
+    latents, text, tokens, channels, positions = _sizes(model.adapter, model, workload)
     rows = workload.batch * (workload.branches if model.guidance is not Guidance.NONE else 1)
     size = kind.itemsize
     # Where latents are large beside the network (tiny models), the solver's step is the worst moment.
-    step = workload.batch * latents * 4 * _STEP["UniPC" if "UniPC" in model.scheduler_class else ""]
+    step = _solver(model, workload, latents)
     parts = [replace(p, working=max(p.working, step)) if p.stage == DENOISE else p for p in parts]
     return Footprint(
         parts=tuple(parts),
         held=_held(model, workload, latents, text, size, vae_kind.itemsize),
-        stream=width * size,
+        stream=tokens * channels * size,
+        channels=channels,
         output=latents * size,
+        positions=positions,
         size=size,
         rows=rows,
         decodes=decodes,
     )
 
 
-def _sizes(adapter: Adapter, model: ModelDescription, workload: Workload) -> tuple[int, int, int]:
-    """Elements of one sample: latents, text embeddings, the streams between two blocks."""
+def _sizes(adapter: Adapter, model: ModelDescription, workload: Workload) -> tuple[int, int, int, int, int]:
+    """Of one sample: elements of latents and of text embeddings, tokens and channels of the streams between two blocks,
+    positions of a latent channel."""
     frames, height, width = adapter.latent(model, workload)
     config = model.experts[0].config
     latents = config.get("out_channels") or config["in_channels"]
@@ -110,7 +136,8 @@ def _sizes(adapter: Adapter, model: ModelDescription, workload: Workload) -> tup
     call = adapter.dummy_call(model, workload, "meta", None)
     text = call["encoder_hidden_states"].numel() // workload.batch
     heads, head_dim = adapter.head_shape(config)
-    return latents * frames * height * width, text, tokens * heads * head_dim
+    positions = frames * height * width
+    return latents * positions, text, tokens, heads * head_dim, positions
 
 
 def _held(
@@ -134,6 +161,11 @@ def _held(
 
 _STEP = {"UniPC": 7, "": 4}
 """Float32 tensors of the latents' size that a solver makes and drops in one step, counted with `LiveBytes`."""
+
+
+def _solver(model: ModelDescription, workload: Workload, latents: int) -> int:
+    """Bytes that a solver makes in one step; `latents`: elements of one sample."""
+    return workload.batch * latents * 4 * _STEP["UniPC" if "UniPC" in model.scheduler_class else ""]
 
 
 def _past(model: ModelDescription) -> int:
@@ -183,7 +215,7 @@ def _expert(
                 ]
             blocks.append(sizes[attribute])
     working = 0
-    for branch in _branches(model, workload):
+    for branch in branches_of(model, workload):
         rows = workload.batch * (2 if branch == FUSED else 1)
         call = adapter.dummy_call(model, workload.with_(batch=rows), "meta", dtype, branch)
         working = max(working, _peak(lambda c=call: module(**c, return_dict=False)))
@@ -198,13 +230,6 @@ def _linear(site: Any, home: str, block: int) -> LinearSize:
     return LinearSize(
         f"{home}.{path}", block, site.role, module.in_features, module.out_features, module.weight.nbytes
     )
-
-
-def _branches(model: ModelDescription, workload: Workload) -> tuple[str, ...]:
-    guided = model.guidance is not Guidance.NONE and workload.branches == 2
-    if not guided:
-        return (COND,)
-    return (FUSED,) if model.guidance is Guidance.FUSED else (COND, UNCOND)
 
 
 def _encoder(model: ModelDescription, name: str, workload: Workload, dtype: torch.dtype) -> Part:

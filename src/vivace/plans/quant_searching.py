@@ -13,9 +13,11 @@ compared with what it gives exactly. That takes units * candidates * calls evalu
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vivace.calibration.artifact import model_hash
@@ -201,7 +203,12 @@ def measure_errors(
     *,
     by: str = "layer",
     backend: str = AUTO,
+    takes: Callable[[LinearSite, int], bool] = lambda site, depth: True,
+    maxima: ActivationMaxima | None = None,
+    smooth: float = 0.0,
     on_unit: Callable[[int, int], None] | None = None,
+    part: Path | None = None,
+    header: dict[str, Any] | None = None,
 ) -> BitErrors:
     """What each candidate costs each unit.
 
@@ -212,10 +219,15 @@ def measure_errors(
         by: one of `UNITS`: every layer by itself, all of a role in a block (q, k and v of an attention count as one
             role), or a whole block.
         backend: kernel by name, or `auto`.
-        on_unit: called with (number, total) before every unit.
+        takes: whether a linear of a block, in an expert of so many blocks, is measured at all.
+        maxima, smooth: as of `quantized_linear`; without maxima nothing is smoothed.
+        on_unit: called with (number, total) before every unit that is measured.
+        part: file that finished units are kept in, so that an interrupted measurement goes on behind them. The caller
+            deletes it.
+        header: what `part` was made for, as plain data, beside what is known here; another one begins again.
 
     Raises:
-        ConfigError: no calls or candidates, or no such units.
+        ConfigError: no calls or candidates, no such units, or no maxima for a layer.
         ModelError: the model's linears cannot be addressed, or an expert was in no recorded call.
     """
     import torch
@@ -226,22 +238,38 @@ def measure_errors(
     units: dict[str, list[tuple[Expert, LinearSite]]] = {}
     for expert in experts:
         for site in (s for s in expert.linears if s.role != "other"):
-            units.setdefault(_unit(site, by, expert), []).append((expert, site))
+            if takes(site, len(expert.blocks)):
+                units.setdefault(_unit(site, by, expert), []).append((expert, site))
     if not units:
         raise ModelError(f"the linear layers of {type(pipeline).__name__} cannot be addressed.")
     if unseen := {e.name for u in units.values() for e, _ in u} - {c.expert for c in calls}:
         raise ModelError(f"no call of {', '.join(sorted(unseen))} was recorded; record more steps.")
     modules = {e.name: e.module for e in experts}
+    family, weights_hash = describe_pipeline(pipeline).family, model_hash(pipeline)
+    done = _Units(
+        part,
+        {
+            "family": family,
+            "model_hash": weights_hash,
+            "units": {name: [s.site for _, s in unit] for name, unit in units.items()},
+            "candidates": [r.to_dict() for r in candidates],
+            "calls": [(c.expert, c.step, c.steps) for c in calls],
+            "smooth": smooth if maxima is not None else 0.0,
+            **(header or {}),
+        },
+    )
     with torch.no_grad():
         exact = [replay(modules[c.expert], c) for c in calls]
-        errors, sizes = [], []
+        errors, sizes = done.errors, done.sizes
         for number, unit in enumerate(units.values()):
+            if number < len(errors):
+                continue
             if on_unit is not None:
                 on_unit(number, len(units))
             owners = {e.name for e, _ in unit}
             row, taken = [], []
             for recipe in candidates:
-                with _quantised([s for _, s in unit], recipe, backend) as nbytes:
+                with _quantised([s for _, s in unit], recipe, backend, maxima, smooth) as nbytes:
                     row.append(
                         [
                             _distance(replay(modules[c.expert], c), out) if c.expert in owners else None
@@ -249,12 +277,11 @@ def measure_errors(
                         ]
                     )
                 taken.append(nbytes)
-            errors.append(row)
-            sizes.append(taken)
+            done.add(row, taken)
     weights = [[s.module.weight for _, s in unit] for unit in units.values()]
     return BitErrors(
-        family=describe_pipeline(pipeline).family,
-        model_hash=model_hash(pipeline),
+        family=family,
+        model_hash=weights_hash,
         units={name: [s.site for _, s in unit] for name, unit in units.items()},
         sizes=[sum(w.numel() for w in ws) for ws in weights],  # type: ignore[operator,union-attr]
         candidates=[r.to_dict() for r in candidates],
@@ -301,11 +328,47 @@ def _unit(site: LinearSite, by: str, expert: Expert) -> str:
     return f"{block}.{kind}.{'qkv' if part in 'qkv' else part}"
 
 
+class _Units:
+    """Finished units, in memory and, where a file is given, in a file that an interrupted measurement leaves behind."""
+
+    def __init__(self, file: Path | None, header: dict[str, Any]) -> None:
+        self._file, self._header = file, json.loads(json.dumps(header))
+        self.errors: list[list[list[float | None]]] = []
+        self.sizes: list[list[int]] = []
+        if file is None or not file.is_file():
+            return
+        try:
+            data = json.loads(file.read_text())
+            if data["header"] == self._header and len(data["errors"]) == len(data["sizes"]):
+                self.errors, self.sizes = data["errors"], data["sizes"]
+        except (ValueError, KeyError, TypeError):
+            return  # cut off while being written, or somebody else's: begin again
+
+    def add(self, errors: list[list[float | None]], sizes: list[int]) -> None:
+        """One more unit."""
+        self.errors.append(errors)
+        self.sizes.append(sizes)
+        if self._file is None:
+            return
+        fresh = self._file.with_name(self._file.name + ".new")
+        fresh.parent.mkdir(parents=True, exist_ok=True)
+        fresh.write_text(json.dumps({"header": self._header, "errors": self.errors, "sizes": self.sizes}))
+        fresh.replace(self._file)
+
+
 class _quantised:
     """Sites by a recipe inside a `with`, which gives the bytes of their codes; the layers come back after."""
 
-    def __init__(self, sites: Sequence[LinearSite], recipe: Recipe, backend: str) -> None:
+    def __init__(
+        self,
+        sites: Sequence[LinearSite],
+        recipe: Recipe,
+        backend: str,
+        maxima: ActivationMaxima | None = None,
+        smooth: float = 0.0,
+    ) -> None:
         self.sites, self.recipe, self.backend, self.edit = sites, recipe, backend, Surgery()
+        self.maxima, self.smooth = maxima, smooth
 
     def __enter__(self) -> int:
         nbytes = 0
@@ -315,13 +378,24 @@ class _quantised:
                 features = math.gcd(linear.in_features, linear.out_features)
                 device = linear.weight.device.type
                 choice = select(OP, self.backend, device=device, recipe=self.recipe, features=features)
-                new = choice.run(linear, self.recipe)
+                new = choice.run(linear, self.recipe, self._smoothing(site))
                 nbytes += new.nbytes
                 self.edit.swap(site.parent, site.name, new)
         except BaseException:
             self.edit.close()
             raise
         return nbytes
+
+    def _smoothing(self, site: LinearSite) -> torch.Tensor | None:
+        if self.maxima is None or not self.smooth:
+            return None
+        from vivace.kernels.quant_linear.layer import smoothing
+
+        linear: Any = site.module
+        seen = self.maxima.layers.get(site.site)
+        if seen is None or seen.shape != (linear.in_features,):
+            raise ConfigError(f"there are no activation maxima of {site.site}; record them again.")
+        return smoothing(seen, linear.weight, self.smooth)
 
     def __exit__(self, *exc: object) -> None:
         self.edit.close()

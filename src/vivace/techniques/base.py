@@ -62,6 +62,7 @@ RESOURCES = (
     "attention.mask",
     "block.skip",
     "block.output",
+    "module.output",
     "step.skip",
     "guidance.branches",
     "sampler.schedule",
@@ -343,6 +344,8 @@ class Technique(Config):
     """Base of all techniques. See `vivace.testing.check_technique` for what every one must satisfy."""
 
     card: ClassVar[Card]
+    dry: ClassVar[bool] = False
+    """Whether its memory is counted by running it on the meta device (`vivace.plans.dry_run`), beside `memory`."""
 
     @classmethod
     def type_name(cls) -> str:
@@ -360,6 +363,11 @@ class Technique(Config):
         A technique that needs a file (a checkpoint, an artefact) writes it into the empty folder `workdir`.
         """
         return (cls(),)
+
+    @classmethod
+    def companions(cls, others: tuple[Technique, ...] = ()) -> tuple[Technique, ...]:
+        """What must stand beside this and `others` for the technique to act on anything; the contract adds it."""
+        return ()
 
     def claims(self, model: ModelDescription) -> tuple[Claim, ...]:
         """Claims of this configuration; narrower than the card's when the knobs limit the sites."""

@@ -16,11 +16,10 @@ from typing import Any
 
 from vivace.core.errors import ConfigError, VivaceError
 from vivace.models.adapter import ModelDescription
-from vivace.plans.plan import Plan
 from vivace.techniques.base import Technique
 from vivace.testing import models
 from vivace.testing.fingerprints import World
-from vivace.testing.subjects import Run, Subject
+from vivace.testing.subjects import Run, Subject, plan_of
 
 SHAPES: tuple[dict[str, int], ...] = (
     {"num_frames": 9, "height": 32, "width": 32},
@@ -100,9 +99,9 @@ class Case:
             for call in calls:
                 subject = Subject(self.family, call)
                 world.watch(subject.pipeline)
-                if Plan([self.main]).problems(subject.model):
+                if plan_of(self.main).problems(subject.model):
                     continue
-                exact, run = subject.exact(), subject.run(self.main)
+                exact, run = subject.without(self.main), subject.run(self.main)
                 if not exact.latents.equal(run.latents) or exact.receipt.counts != run.receipt.counts:
                     return call
         except Exception:
@@ -152,7 +151,7 @@ class Case:
 
     def legal(self, *techniques: Technique, model: ModelDescription | None = None) -> bool:
         """Whether a plan of these techniques may run on a model (the case's own by default)."""
-        return not any(p.severity == "error" for p in Plan(techniques).problems(model or self.model))
+        return not any(p.severity == "error" for p in plan_of(*techniques).problems(model or self.model))
 
     def fitted(self, subject: Subject) -> Technique | None:
         """The main example as it fits another model: one with a file gets a file made for that model, if it can.

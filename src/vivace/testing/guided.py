@@ -18,10 +18,9 @@ from vivace.models.adapter import Guidance
 from vivace.models.describe import describe_pipeline
 from vivace.models.families import adapters
 from vivace.models.wan import WanAdapter
-from vivace.plans.plan import Plan
 from vivace.plans.session import accelerate
 from vivace.techniques.base import Technique
-from vivace.testing.subjects import Run, Subject
+from vivace.testing.subjects import Run, Subject, plan_of
 
 SCALE = 4.0
 
@@ -70,7 +69,7 @@ class GuidedLoop:
 
     def run(self, technique: Technique, factor: float = 1.0) -> Run:
         """One generation in a session of its own, from the noise times `factor`."""
-        with accelerate(self, Plan([technique]), model=self.model) as session:
+        with accelerate(self, plan_of(technique), model=self.model) as session:
             out = session(latents=self._noise * factor)
             return Run(out.raw.frames, out.receipt)
 

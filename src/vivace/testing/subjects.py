@@ -10,7 +10,7 @@ import torch
 from vivace.core.receipt import Receipt
 from vivace.core.seeding import generators
 from vivace.core.shapes import Workload
-from vivace.models.adapter import EXPERTS, Expert
+from vivace.models.adapter import EXPERTS, Expert, ModelDescription
 from vivace.models.describe import describe_pipeline
 from vivace.models.families import for_module
 from vivace.plans.plan import Plan
@@ -20,6 +20,21 @@ from vivace.testing import models
 
 PROMPT = "a red ball"
 OTHER_PROMPT = "two blue cones"
+
+
+def plan_of(*techniques: Technique, name: str = "custom") -> Plan:
+    """A plan of techniques with their companions."""
+    beside = (c for t in techniques for c in type(t).companions(techniques))
+    return Plan((*techniques, *dict.fromkeys(beside)), name)
+
+
+def estimate_of(
+    technique: Technique, model: ModelDescription, workload: Workload, base: Estimate
+) -> Estimate:
+    """A technique's estimate, on top of its companions'."""
+    for companion in type(technique).companions():
+        base = companion.estimate(model, workload, base)
+    return technique.estimate(model, workload, base)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +74,7 @@ class Subject:
 
     def open(self, *techniques: Technique, **options: Any) -> Session:
         """A session with these techniques on this pipeline."""
-        return accelerate(self.pipeline, Plan(techniques), model=self.model, **options)
+        return accelerate(self.pipeline, plan_of(*techniques), model=self.model, **options)
 
     def run(
         self, *techniques: Technique, counters: bool = True, compile_backend: str | None = None, **call: Any
@@ -87,6 +102,13 @@ class Subject:
     def glance(self) -> torch.Tensor:
         """Latents of the pipeline called directly for two steps: enough to see whether it is the exact one."""
         return self.plain(num_inference_steps=2)
+
+    def without(self, technique: Technique, frames: bool = False) -> Run:
+        """What a technique is compared with: the exact run, or the one of its companions alone."""
+        companions = type(technique).companions()
+        if frames:
+            return self.frames(*companions)
+        return self.run(*companions) if companions else self.exact()
 
     def exact(self, **call: Any) -> Run:
         """The exact run, remembered for every subject of the same make."""

@@ -46,7 +46,9 @@ class IntMatmulLinear(QuantLinear):
             width = weight.shape[1] // groups
             parts = zip(codes.split(width, 1), weight.split(width, 1), steps.unbind(1), strict=True)
             for c, w, step in parts:
-                out = torch.addcmul(out, torch._int_mm(c.contiguous(), w.t().contiguous()).float(), step)
+                # cuBLAS takes the second operand by columns only; on a CPU rows are faster.
+                across = w.contiguous().t() if w.device.type == "cuda" else w.t().contiguous()
+                out = torch.addcmul(out, torch._int_mm(c.contiguous(), across).float(), step)
         return out[:rows] * scale
 
 

@@ -71,6 +71,7 @@ class AttentionBackend(PlacedAttention):
     purpose (`sage`) are used only when named.
     """
 
+    dry: ClassVar[bool] = False  # it times kernels, and dense ones take no memory for their scores
     card: ClassVar[Card] = Card(
         name="attention_backend",
         paradigm=Paradigm.ATTENTION,

@@ -24,6 +24,7 @@ class PlacedAttention(Technique):
     """Base of techniques that put a kernel in the place of attention sites. A subclass may narrow `acts_on`."""
 
     abstract: ClassVar[bool] = True
+    dry: ClassVar[bool] = True
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -136,6 +136,8 @@ class BlockwiseCache(Cache):
             if block < len(outputs):
                 marks.setdefault("noted", []).append(relative_change(value, outputs[block].get()))
             # A view would keep the rows of the whole batch in memory.
-            kept = Stored.of(value.clone() if hidden.shape[0] > 1 else value, t.storage, t.offload)
+            value = value.clone() if hidden.shape[0] > 1 else value
+            before = outputs[block] if block < len(outputs) else None
+            kept = memory.keep(value, t.storage, t.offload, before)
             outputs[block : block + 1] = [kept]
             marks["block"] = block + 1

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from vivace.core.context import COND
 from vivace.core.errors import ConfigError
-from vivace.core.footprint import Footprint
+from vivace.core.footprint import OUTPUT, STREAM, Footprint
 from vivace.core.shapes import Workload
 from vivace.models.adapter import BlockCall, Expert, ModelDescription, Need, RootCall
 from vivace.techniques.base import Estimate, Problem, Target, Technique, knob
@@ -181,8 +181,8 @@ class CacheTechnique(Technique):
         """The predictor's history for every row and expert. What a signal compares with comes on top, uncounted."""
         if self.is_identity or self.offload:
             return base
-        each = base.output if self.span == NETWORK else base.stream
-        return base.keeping(len(model.experts) * self.predictor().depth, each, self.storage)
+        what = OUTPUT if self.span == NETWORK else STREAM
+        return base.remembering(base.rows * len(model.experts), self.predictor().depth, what, self.storage)
 
     # -- application ----------------------------------------------------------------------------------------------
 
@@ -221,7 +221,7 @@ class Cache:
     @property
     def memory(self) -> Memory:
         """State of this generation, expert and chunk."""
-        return self.target.store.shared(self.name, (self.site, self.clock.chunk), Memory)
+        return Memory.of(self.target.store, self.name, (self.site, self.clock.chunk))
 
     @property
     def at(self) -> float:
@@ -303,7 +303,7 @@ class Cache:
             guess = self.predict(now, row)[0]
             if guess is not None and value[0] is not None:
                 memory.drift.append(relative_change(guess, value[0]))
-        row_memory.history.push(self.at, value, self.predictor.depth, t.storage, t.offload)
+        row_memory.history.push(self.at, value, self.predictor.depth, t.storage, t.offload, memory.form)
         self._after(now, row, whole, computed=True)
 
     def _after(self, now: Pass, row: int, whole: Any, computed: bool) -> None:

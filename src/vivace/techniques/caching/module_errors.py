@@ -51,7 +51,7 @@ class ModuleErrors(ModuleCache):
         summary="Measures the error of reusing module outputs; changes nothing.",
         objective="calibration",
         stage=Stage.CACHE,
-        claims=(reads("block.output"),),
+        claims=(reads("block.output"), reads("module.output")),
         needs=(Need.ORDERED_BLOCKS, Need.ATTENTION_SITES),
         cite=Cite(title="SmoothCache", arxiv="2411.10510"),
     )

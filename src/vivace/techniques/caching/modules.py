@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from vivace.core.context import Clock
 from vivace.core.errors import ConfigError
-from vivace.core.footprint import Footprint
+from vivace.core.footprint import STREAM, Footprint
 from vivace.core.shapes import Workload
 from vivace.models.adapter import (
     AttentionSite,
@@ -25,7 +25,7 @@ from vivace.models.adapter import (
     ModelDescription,
     RootCall,
 )
-from vivace.techniques.base import Estimate, Problem, Target, Technique, exclusive, knob, reads
+from vivace.techniques.base import Estimate, Problem, Target, Technique, exclusive, knob, reads, shared
 from vivace.techniques.caching.engine import QUANTISED_GAIN
 from vivace.techniques.caching.memory import STORAGES, Memory
 from vivace.techniques.caching.predictors import Predictor
@@ -43,6 +43,7 @@ KINDS = {"self": SELF, "joint": SELF, "cross": CROSS, "ffn": FFN, "text.ffn": FF
 """Kind of a site -> kind that a mask is for."""
 CLAIMS = (
     exclusive("block.output"),
+    shared("module.output"),
     exclusive("block.skip"),
     exclusive("step.skip"),
     reads("attention.kernel"),
@@ -172,7 +173,7 @@ class ModuleCache(Technique):
         modules = sum(KINDS[kind] in self.kinds for kind in found)
         depth = self.predictor(Clock()).depth
         blocks = sum(e.depth for e in model.experts)
-        return base.keeping(modules * blocks * depth, base.stream, self.storage)
+        return base.remembering(base.rows * modules * blocks, depth, STREAM, self.storage)
 
     # -- on a live pipeline ---------------------------------------------------------------------------------------
 
@@ -207,7 +208,7 @@ class ModuleEngine:
 
     def memory(self, seat: Seat) -> Memory:
         """What is remembered of a site in this generation."""
-        return self.target.store.shared(self.name, (seat.site, self.clock.chunk), Memory)
+        return Memory.of(self.target.store, self.name, (seat.site, self.clock.chunk))
 
     def around_expert(self, call: RootCall, run: Callable[[RootCall], torch.Tensor]) -> torch.Tensor:
         """Decide what is reused in this evaluation."""
@@ -293,7 +294,8 @@ def remember(technique: ModuleCache, memory: Memory, clock: Clock, who: list[Row
     depth = technique.predictor(clock).depth
     for i, name in enumerate(who):
         value = tuple(s[i] for s in streams)
-        memory.row(name).history.push(float(clock.step), value, depth, technique.storage, technique.offload)
+        history = memory.row(name).history
+        history.push(float(clock.step), value, depth, technique.storage, technique.offload, memory.form)
 
 
 def joined(values: list[Value]) -> Any:

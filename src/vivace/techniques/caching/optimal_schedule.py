@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from vivace.core.context import COND, FUSED, UNCOND
 from vivace.core.errors import ConfigError
+from vivace.core.footprint import OUTPUT, Footprint
 from vivace.core.shapes import Workload
 from vivace.models.adapter import Guidance, ModelDescription, RootCall
 from vivace.techniques.base import (
@@ -161,6 +162,16 @@ class OptimalSchedule(Technique):
             return out.scaled(1.0 - alone / 2, 1.0)
         return without(model, workload.with_(steps=len(cond)), out, alone, alone)
 
+    def memory(self, model: ModelDescription, workload: Workload, base: Footprint) -> Footprint:
+        """The conditional outputs, and the guidance deltas where there are any, of every expert."""
+        if self.is_identity:
+            return base
+        samples = workload.batch * len(model.experts)
+        base = base.remembering(samples, self.order + 1, OUTPUT, self.storage)
+        if base.rows == workload.batch:
+            return base
+        return base.remembering(samples, self.delta_order + 1, OUTPUT, self.storage)
+
     def apply(self, target: Target) -> None:
         for expert in target.experts:
             target.around_expert(expert, Forecast(self, target))
@@ -252,7 +263,9 @@ class Forecast:
         outputs = self.outputs
         if history is outputs.cond and history.entries:
             outputs.drift.append(relative_change(self._forecast(history, predictor), value))
-        history.push(self.at, (value,), predictor.depth, self.technique.storage, False)
+        history.push(
+            self.at, (value,), predictor.depth, self.technique.storage, False, self.target.store.form
+        )
 
     def _forecast(self, history: History, predictor: Lagrange) -> torch.Tensor:
         (value,) = history.combine(predictor.weights(history.nodes, self.at))

@@ -139,7 +139,7 @@ class DraftCache(Cache):
         for i in now.run:
             history: History = memory.row(now.moment.who[i]).marks.setdefault("last", History())
             value = hidden[i].clone() if hidden.shape[0] > 1 else hidden[i]
-            history.push(self.at, (value,), depth, t.storage, t.offload)
+            history.push(self.at, (value,), depth, t.storage, t.offload, memory.form)
         for i in now.skip:
             marks = memory.row(now.moment.who[i]).marks
             history = marks["last"]

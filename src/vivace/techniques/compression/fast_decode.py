@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
+from vivace.core.footprint import Footprint
+from vivace.core.shapes import Workload
 from vivace.kernels.api import Choice
 from vivace.models.adapter import ModelDescription
 from vivace.models.vae_decode import (
@@ -112,6 +114,30 @@ class FastDecode(Technique):
             message = f"nothing is left to change in {kind}; set dtype, channels_last, compile or slicing."
             problems.append(self.problem("settings", message))
         return problems
+
+    def memory(self, model: ModelDescription, workload: Workload, base: Footprint) -> Footprint:
+        """The decoding in these pieces is run on the meta device, where nothing is computed, and counted."""
+        if model.adapter is None or "vae" not in model.configs or self.missing(model):
+            return base
+        import torch
+
+        from vivace.core.live_bytes import LiveBytes
+        from vivace.models.vae_decode import bare
+
+        kind = torch.float32 if base.size == 4 else torch.bfloat16
+        vae = bare(model.components["vae"], model.configs["vae"], kind)
+        channels = int(model.configs["vae"].get("z_dim") or model.configs["vae"]["latent_channels"])
+        shape = (workload.batch, channels, *model.adapter.latent(model, workload))
+        # Neither fused passes nor compiled blocks can be run there; they take no more. Both 16-bit types are as wide,
+        # and only float16 is looked at for values that are not finite.
+        dtype = "bfloat16" if self.dtype == "float16" else self.dtype
+        decoder = VaeDecoder(vae, replace(self.options(), compile="off", fused="off", dtype=dtype))
+        more: dict[str, Any] = {}
+        if model.configs["vae"].get("timestep_conditioning"):
+            more["temb"] = torch.zeros(workload.batch, dtype=kind, device="meta")
+        with torch.no_grad(), LiveBytes() as live:
+            decoder(torch.empty(shape, dtype=kind, device="meta"), **more)
+        return replace(base, decodes={**base.decodes, NAME: live.peak}, decode=NAME)
 
     def apply(self, target: Target) -> None:
         vae = getattr(target.pipeline, "vae", None)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from vivace.core.footprint import Footprint
 from vivace.core.shapes import TokenGrid, Workload
 from vivace.models.adapter import BlockCall, Expert, ModelDescription, Need, RootCall
 from vivace.techniques.base import (
@@ -167,6 +168,12 @@ class LatentFrameRate(Technique):
         return Estimate(out.nfe, out.blocks_run, out.attention_pairs, (flops[0], flops[1]))
 
     # -- running --------------------------------------------------------------------------------------------------
+
+    def memory(self, model: ModelDescription, workload: Workload, base: Footprint) -> Footprint:
+        """The predicted clean latents of the batch, in float32; the first steps run all frames, so nothing shrinks."""
+        if self.is_identity:
+            return base
+        return replace(base, kept=base.kept + workload.batch * (base.output // base.size) * 4)
 
     def apply(self, target: Target) -> None:
         signature = inspect.signature(target.scheduler.step)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+from vivace.kernels.quant_linear.spec import Recipe
 from vivace.models.adapter import ModelDescription
 
 
@@ -21,3 +24,12 @@ def takes_role(roles: str, role: str) -> bool:
     if role == "other" or (roles == "ffn" and not feed_forward):
         return False
     return roles != "attention" or not feed_forward
+
+
+@functools.cache
+def layer_bytes(recipe: Recipe, inputs: int, outputs: int, smoothed: bool = False) -> int:
+    """Bytes of a quantised layer without its bias: codes, scales, the branch, and the smoothing vector."""
+    from vivace.kernels.quant_linear.layer import QuantLinear
+
+    layer = QuantLinear(inputs, outputs, recipe, smoothed=smoothed, device="meta")
+    return sum(t.nbytes for t in (*layer.parameters(), *layer.buffers()))

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from vivace.core.errors import ConfigError, PlanError
+from vivace.core.footprint import Footprint
 from vivace.core.shapes import Workload
 from vivace.kernels.api import Choice, candidates, select
 from vivace.kernels.quant_linear.spec import ACTIVATIONS, GROUPS, INTEGERS, OP, WEIGHTS, Recipe, emulated
 from vivace.models.adapter import Expert, LinearSite, ModelDescription, Need, RootCall
+from vivace.models.quantized import TrainedLinears
 from vivace.techniques.base import (
     Card,
     Cite,
@@ -28,7 +30,7 @@ from vivace.techniques.base import (
 )
 from vivace.techniques.compression import activation_maxima
 from vivace.techniques.compression.activation_maxima import ActivationMaxima
-from vivace.techniques.compression.linears import blocks_between, takes_role
+from vivace.techniques.compression.linears import blocks_between, layer_bytes, takes_role
 from vivace.techniques.compression.mixed_bits import MixedBits
 
 if TYPE_CHECKING:
@@ -46,8 +48,9 @@ class QuantizedLinear(Technique):
     Static-dynamic balancing as in ViDiT-Q: scales of activations are measured for each token as it comes; channels are
     balanced by a rotation (QuaRot, arXiv 2404.00456) and by smoothing (SmoothQuant, arXiv 2211.10438); a branch of low
     rank in 16 bits takes what the codes hold worst (SVDQuant, arXiv 2411.05007). The first and last steps may run the
-    original weights, as they are the most sensitive. Formats that no unit here multiplies are emulated: their numbers
-    are exact, their time means nothing, and the receipt says `emulated`.
+    original weights, as they are the most sensitive. Layers may come from a file, where they were trained with the
+    rounding in force (QVGen, arXiv 2505.11497). Formats that no unit here multiplies are emulated: their numbers are
+    exact, their time means nothing, and the receipt says `emulated`.
     """
 
     card: ClassVar[Card] = Card(
@@ -68,6 +71,7 @@ class QuantizedLinear(Technique):
             "one scale a token instead of one a tensor",
         ),
         needs=(Need.LINEAR_SITES,),
+        training="optional",
         calibration="optional",
         fidelity=0.1,
     )
@@ -99,12 +103,14 @@ class QuantizedLinear(Technique):
     device, which saves nothing and fetches nothing."""
     mixed: str = ""
     """File of formats layer by layer (`vivace.plans.quant_searching`), instead of `weights`, `activations`, `group`."""
+    trained: str = ""
+    """File of layers trained with these very settings (`vivace.training.quantization`), instead of rounded ones."""
     backend: str = "auto"
     """Kernel by name (`vivace.kernels.quant_linear`), or `auto`."""
 
     @classmethod
     def examples(cls, workdir: Path, pipeline: Any) -> tuple[Self, ...]:
-        return cls(), cls(**_example_files(workdir, pipeline))
+        return cls(), cls(**_example_files(workdir, pipeline)), cls(**_trained_example(workdir, pipeline))
 
     # -- what may be said without weights -----------------------------------------------------------------------
 
@@ -126,6 +132,8 @@ class QuantizedLinear(Technique):
         try:
             if self.smooth and self.maxima and (why := activation_maxima.unfit(self.maxima, model)):
                 found.append(self.problem("file", why))
+            if self.trained and not found and (why := self._unfit_training(model)):
+                found.append(self.problem("file", why))
             if self.mixed:
                 file = MixedBits.load(self.mixed)
                 if why := file.unfit(self.mixed, model):
@@ -137,7 +145,9 @@ class QuantizedLinear(Technique):
         return found
 
     def _wrong_settings(self) -> Iterator[str]:
-        if self.smooth and not self.maxima:
+        if self.trained and (self.mixed or self.maxima):
+            yield "trained has formats and smoothing of its own; leave mixed and maxima out."
+        if self.smooth and not self.maxima and not self.trained:
             yield f"smooth needs maxima, a file of activation maxima; make it with {activation_maxima.MAKER}."
         if self.group and self.weights not in INTEGERS and not self.mixed:
             yield f"{self.weights} has blocks of its own; set group: 0."
@@ -155,6 +165,19 @@ class QuantizedLinear(Technique):
         reasons = {wanted.refuse({"recipe": r, "device": "cpu"}) for r in recipes if r is not None} - {None}
         for reason in sorted(map(str, reasons)):
             yield f"backend {self.backend}: {reason}; set backend: auto, or other formats."
+
+    def _unfit_training(self, model: ModelDescription) -> str:
+        """Why the trained layers cannot serve a model; empty when they can."""
+        file = TrainedLinears.load(self.trained, tensors=False)
+        if file.family != model.family:
+            return f"{self.trained} was made for the family {file.family}, and {model.name} is of {model.family}."
+        blocks = tuple(f"{site}." for site in blocks_between(model, self.skip_blocks))
+        if strange := next((name for name in file.layers if not name.startswith(blocks)), None):
+            return (
+                f"{self.trained} has the layer {strange}, which these settings leave alone or {model.name} "
+                "does not have; set skip_blocks as in training."
+            )
+        return file.unfit(self.trained, self._usual, self.smooth)
 
     @property
     def _usual(self) -> Recipe:
@@ -178,12 +201,30 @@ class QuantizedLinear(Technique):
         more = min(1.0, 2.0 * self.low_rank / width) + (ROTATION / width if self.rotate != "none" else 0.0)
         return base.scaled(1.0, 1.0 + more, fields=("flops",))
 
+    def memory(self, model: ModelDescription, workload: Workload, base: Footprint) -> Footprint:
+        """Codes and scales in the place of weights; originals beside them where they wait on the device."""
+        mixed = MixedBits.load(self.mixed) if self.mixed else None
+        scheduled = bool(self.full_first or self.full_last)
+        depths = {expert.name: expert.depth for expert in model.experts}
+        for part in base.parts:
+            sizes = {}
+            for x in part.linears if part.name in depths else ():
+                if not (self._takes_block(x.block, depths[part.name]) and self._takes_role(x.role)):
+                    continue
+                recipe = self._usual if mixed is None else mixed.recipe(x.site, self._usual)
+                if recipe is not None:
+                    kept = x.bytes if self.keep == "device" and scheduled else 0
+                    sizes[x.site] = layer_bytes(recipe, x.inputs, x.outputs, bool(self.smooth)) + kept
+            base = base.with_part(part.resized(sizes))
+        return base
+
     # -- on a live pipeline ---------------------------------------------------------------------------------------
 
     def apply(self, target: Target) -> None:
         mixed = MixedBits.load(self.mixed) if self.mixed else None
-        maxima = ActivationMaxima.load(self.maxima) if self.smooth else None
-        for file in (mixed, maxima):
+        maxima = ActivationMaxima.load(self.maxima) if self.smooth and not self.trained else None
+        trained = TrainedLinears.load(self.trained) if self.trained else None
+        for file in (mixed, maxima, trained):
             if file is not None and file.model_hash and target.model_hash not in ("", file.model_hash):
                 sentence = f"its file was made for other weights of {target.model.name}; make one for these."
                 raise PlanError([self.problem("calibration", sentence)])
@@ -193,10 +234,12 @@ class QuantizedLinear(Technique):
             for site in self._sites(e)
             if (r := self._recipe(site, mixed))
         ]
+        if trained is not None and (why := trained.unfit_sites(self.trained, (s.site for _, s, _ in work))):
+            raise PlanError([self.problem("file", why)])
         choices = self._choices(target, [(site, recipe) for _, site, recipe in work])
         layers: dict[str, list[Any]] = {}
         for expert, site, recipe in work:
-            new = self._convert(target, site, recipe, choices[recipe], maxima)
+            new = self._convert(target, site, recipe, choices[recipe], maxima, trained)
             layers.setdefault(expert.name, []).append(new)
         if self.full_first or self.full_last:
             for expert in target.experts:
@@ -227,11 +270,15 @@ class QuantizedLinear(Technique):
         recipe: Recipe,
         choice: Choice,
         maxima: ActivationMaxima | None,
+        trained: TrainedLinears | None,
     ) -> Any:
         """Put the quantised layer in force; returns it."""
         linear: Any = site.module
         before = linear.weight.nbytes
-        new = choice.run(linear, recipe, self._smoothing(site, maxima))
+        if trained is None:
+            new = choice.run(linear, recipe, self._smoothing(site, maxima))
+        else:
+            new = trained.layer(site.site, linear, choice)
         scheduled = bool(self.full_first or self.full_last)
         if self.keep == "host":
             self._send_away(target, linear, new if scheduled else None)
@@ -247,6 +294,8 @@ class QuantizedLinear(Technique):
             "bytes_after": new.nbytes,
             f"bytes_{recipe.weights}": new.nbytes,
         }
+        if trained is not None:
+            effects |= {"linears_trained": 1, "bytes_trained": new.nbytes}
         for effect, amount in effects.items():
             target.report(NAME, effect, amount)
         return new
@@ -345,4 +394,38 @@ def _example_files(workdir: Path, pipeline: Any) -> dict[str, Any]:
         "mixed": str(mixed),
         "full_first": 1,
         "full_last": 1,
+    }
+
+
+def _trained_example(workdir: Path, pipeline: Any) -> dict[str, Any]:
+    """Settings with a file of layers as training would write it, for a small pipeline: for contract checks."""
+    from vivace.kernels.quant_linear import reference
+    from vivace.models.describe import describe_pipeline
+    from vivace.models.families import for_module
+
+    recipe = Recipe(weights="int4", activations="int8", group=32, low_rank=4)
+    adapter, layers = for_module(pipeline.transformer), {}
+    assert adapter is not None
+    for name in ("transformer", "transformer_2"):
+        if (module := getattr(pipeline, name, None)) is None:
+            continue
+        for site in adapter.expert(name, module).linears:
+            if not takes_role("all", site.role):
+                continue
+            linear: Any = site.module
+            layer = reference.quantise(linear, recipe)
+            parts = {"weight": layer.weight.data, "scale": layer.scale}
+            if layer.down is not None and layer.up is not None:
+                parts |= {"down": layer.down.weight.data.bfloat16(), "up": layer.up.weight.data.bfloat16()}
+            if linear.bias is not None:
+                parts["bias"] = linear.bias.detach().float() + 0.01
+            layers[site.site] = parts
+    family = describe_pipeline(pipeline).family
+    file = TrainedLinears(family=family, model_hash="", recipe=recipe, layers=layers)
+    return {
+        "weights": "int4",
+        "activations": "int8",
+        "group": 32,
+        "low_rank": 4,
+        "trained": str(file.save(workdir / "trained.safetensors")),
     }

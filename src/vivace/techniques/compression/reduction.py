@@ -24,6 +24,7 @@ class MatchedReduction(Technique):
     """Base: the windows and strides of the matching, and the steps and blocks that are touched."""
 
     abstract: ClassVar[bool] = True
+    dry: ClassVar[bool] = True
 
     window_frames: int = knob(4, low=1, high=16)
     """Most latent frames of a window in which tokens are matched."""

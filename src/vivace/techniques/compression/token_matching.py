@@ -69,17 +69,19 @@ class Windows:
 
         def table(part: int, size: int, padding: int) -> torch.Tensor:
             rows = [near[part] + [padding] * (size - len(near[part])) for near in tables]
-            return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), size).to(device)
+            return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), size)
 
         found = table(0, self.width, -1)
-        self.real = found >= 0
-        self.destinations = found.clamp_min(0)
-        self.sources = table(1, self.depth, self.tokens)
+        real = found >= 0
+        self.real = real.to(device)
+        self.destinations = found.clamp_min(0).to(device)
+        self.sources = table(1, self.depth, self.tokens).to(device)
         # The slot (window, place in it) of every token that is a destination, W * D for the others.
-        slots = torch.full((self.tokens,), self.count * self.width, dtype=torch.int64, device=device)
-        numbers = torch.arange(self.count * self.width, device=device).view_as(found)
-        slots[found[self.real]] = numbers[self.real]
-        self.slots = slots
+        slots = torch.full((self.tokens,), self.count * self.width, dtype=torch.int64)
+        numbers = torch.arange(self.count * self.width).view_as(found)
+        # Made in main memory, so that a device without numbers (meta) gets its tables too.
+        slots[found[real]] = numbers[real]
+        self.slots = slots.to(device)
 
     def flops(self, channels: int) -> float:
         """Of one product between sources and destinations for one row: similarity, or the sum of what is merged."""

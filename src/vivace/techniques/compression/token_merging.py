@@ -19,7 +19,18 @@ from vivace.models.adapter import (
     Need,
     RootCall,
 )
-from vivace.techniques.base import Card, Cite, Estimate, Paradigm, Stage, Target, exclusive, knob
+from vivace.techniques.base import (
+    Card,
+    Cite,
+    Claim,
+    Estimate,
+    Paradigm,
+    Stage,
+    Target,
+    exclusive,
+    knob,
+    shared,
+)
 from vivace.techniques.compression.reduction import (
     KINDS,
     MatchedReduction,
@@ -58,7 +69,12 @@ class TokenMerging(MatchedReduction):
         summary="Merges the most similar video tokens before a module and copies its result back after it.",
         objective="fewer tokens in attention, and in feed-forward where wanted",
         stage=Stage.TOKENS,
-        claims=(exclusive("tokens.set"), exclusive("attention.kernel"), exclusive("block.skip")),
+        claims=(
+            exclusive("tokens.set"),
+            exclusive("attention.kernel"),
+            exclusive("block.skip"),
+            shared("module.output"),
+        ),
         needs=(Need.ORDERED_BLOCKS, Need.ATTENTION_SITES, Need.TOKEN_GRID),
         fidelity=0.6,
         cite=Cite(
@@ -97,6 +113,9 @@ class TokenMerging(MatchedReduction):
         return {"ratio": self.ratio}
 
     # -- before anything is loaded --------------------------------------------------------------------------------
+
+    def claims(self, model: ModelDescription) -> tuple[Claim, ...]:
+        return (*super().claims(model), shared("module.output"))
 
     def estimate(self, model: ModelDescription, workload: Workload, base: Estimate) -> Estimate:
         """Exact pairs where text is as long on all branches; FLOPs within bounds where feed-forwards are merged."""

@@ -75,6 +75,8 @@ class TokenSkip(Technique):
         ),
     )
 
+    dry: ClassVar[bool] = True
+
     budget: float = knob(0.5, low=0.05, high=1.0, identity=1.0)
     """Share of the video tokens that is computed on a skipping step."""
     interval: int = knob(3, low=2, high=16)

@@ -10,7 +10,7 @@ import torch
 
 from vivace.testing.case import Case, NotApplicable, check, expect
 from vivace.testing.checks.effect import ROUNDING
-from vivace.testing.subjects import OTHER_PROMPT, Subject, distance
+from vivace.testing.subjects import OTHER_PROMPT, Subject, distance, estimate_of
 
 
 @check
@@ -20,8 +20,8 @@ def check_counts_are_as_estimated(case: Case) -> None:
     calls: list[dict[str, Any]] = [{}, {"height": subject.defaults["height"] + 32}]
     for label, technique in case.variants().items():
         for call in calls if technique is case.main else calls[:1]:
-            estimate = technique.estimate(
-                subject.model, subject.workload(**call), subject.base_estimate(**call)
+            estimate = estimate_of(
+                technique, subject.model, subject.workload(**call), subject.base_estimate(**call)
             )
             run = subject.run(technique, **call) if call else case.alone(technique)
             wrong = estimate.problems(run.receipt.counts)

@@ -51,7 +51,7 @@ def check_it_acts(case: Case) -> None:
     What owns the decoder may give the same frames: it must report that it decoded them.
     """
     subject = case.subject()
-    exact, run = subject.exact(), case.alone(case.main)
+    exact, run = subject.without(case.main), case.alone(case.main)
     if decodes(case):
         run = subject.frames(case.main)
         moved = any(t.effects for t in run.receipt.techniques if t.name == case.name)
@@ -78,7 +78,7 @@ def check_declared_fidelity_holds(case: Case) -> None:
     if bound is None:
         raise NotApplicable("declares no bound: it changes the picture on purpose")
     subject = case.subject()
-    exact = (subject.frames() if decodes(case) else subject.exact()).latents
+    exact = subject.without(case.main, frames=decodes(case)).latents
     settings = case.variants()
     for label in ("default", "example"):
         if label in settings:

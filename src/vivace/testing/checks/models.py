@@ -7,7 +7,7 @@ import torch
 from vivace.testing import models
 from vivace.testing.case import Case, NotApplicable, check, expect
 from vivace.testing.fingerprints import differences, fingerprint
-from vivace.testing.subjects import Subject
+from vivace.testing.subjects import Subject, estimate_of
 
 
 def _runs(case: Case, subject: Subject, where: str) -> bool:
@@ -19,7 +19,7 @@ def _runs(case: Case, subject: Subject, where: str) -> bool:
     before = fingerprint(subject.pipeline)
     run = subject.run(technique)
     expect(torch.isfinite(run.latents).all(), f"{where}: the latents are not finite")
-    estimate = technique.estimate(subject.model, subject.workload(), subject.base_estimate())
+    estimate = estimate_of(technique, subject.model, subject.workload(), subject.base_estimate())
     wrong = estimate.problems(run.receipt.counts)
     expect(not wrong, f"{where}: {'; '.join(wrong)}")
     changed = differences(before, fingerprint(subject.pipeline))

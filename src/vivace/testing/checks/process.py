@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from vivace.plans.plan import Plan
 from vivace.testing.case import Case, NotApplicable, check, expect
 from vivace.testing.fingerprints import digest
 from vivace.testing.fresh import worker
+from vivace.testing.subjects import plan_of
 
 
 @check
@@ -17,7 +17,7 @@ def check_saved_plan_in_a_fresh_process(case: Case) -> None:
     if "<locals>" in cls.__qualname__ or cls.__module__ == "__main__":
         raise NotApplicable("the class cannot be imported by another process")
     here = case.alone(case.main)
-    plan = Plan([case.main], name="contract").save(case.workdir / "plan.yaml")
+    plan = plan_of(case.main, name="contract").save(case.workdir / "plan.yaml")
     there = worker().ask(
         path=sys.path,
         module=cls.__module__,
