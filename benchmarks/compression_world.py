@@ -70,12 +70,12 @@ PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "pisa": ("pisa", {"share": 0.2, "dense_steps": 0}),
     "fbc": ("first_block_cache", {"threshold": 0.08}),
     "int8": ("int8_linear", {}),
-    "w4a4": (Q, FORMATS["w4a4-rank32"]),
+    "int4": (Q, FORMATS["w4a4-rank32"]),
 }
 """What is combined."""
 COMBINED = (
-    "skip", "rate", "pisa", "fbc", "int8", "w4a4", "skip+int8", "rate+pisa", "rate+fbc", "rate+int8", "pisa+fbc",
-    "pisa+w4a4", "rate+pisa+fbc", "rate+pisa+fbc+int8",
+    "skip", "rate", "pisa", "fbc", "int8", "int4", "skip+int8", "rate+pisa", "rate+fbc", "rate+int8", "pisa+fbc",
+    "pisa+int4", "rate+pisa+fbc", "rate+pisa+fbc+int8",
 )  # fmt: skip
 GROUPS = ("formats", "tokens", "trained", "composition")
 

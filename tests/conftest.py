@@ -31,7 +31,18 @@ def _gradients_stay_on():
     assert not leaked, "gradients were left switched off"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    """Mark what needs a GPU, and keep together what shares its set-up when several processes run the tests.
+
+    That is a file, or in the contract one technique's checks: the contract is too long for one process.
+    """
     for item in items:
+        technique = getattr(item, "callspec", None) and item.callspec.params.get("name")
+        in_contract = item.path.name == "test_contract.py" and technique
+        group = (
+            f"contract of {technique}" if in_contract else str(item.path.relative_to(item.config.rootpath))
+        )
+        item.add_marker(pytest.mark.xdist_group(group.replace("/", ".")))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

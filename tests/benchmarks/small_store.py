@@ -19,7 +19,9 @@ DENSE = 1000.0
 
 
 def script(name: str) -> ModuleType:
-    """A script as a module."""
+    """A script as a module; scripts find each other in their folder."""
+    if str(FOLDER) not in sys.path:
+        sys.path.append(str(FOLDER))
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -63,6 +65,7 @@ def put(
             "attention_pairs_dense": DENSE,
             "flops": flops,
             "flops_dense": DENSE,
+            "weight_bytes": DENSE,
         },
     }
     samples = Samples(

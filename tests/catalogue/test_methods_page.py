@@ -192,8 +192,8 @@ def test_search_and_filters_agree_with_the_catalogue(browser: Browser):
     assert choose(browser, words="zebra") == []
     assert browser.run("return !document.getElementById('empty').hidden")
     choose(browser)
-    browser.run("document.querySelector('.chip[data-status=peer]').click()")
-    assert set(browser.run(SHOWN)) == {m.name for m in catalogue.select(status="peer")}
+    browser.run("document.querySelector('.chip[data-status=planned]').click()")
+    assert set(browser.run(SHOWN)) == {m.name for m in catalogue.select(status="planned")}
     browser.run("document.getElementById('clear').click()")
     assert set(browser.run(SHOWN)) == everything
 

@@ -1,8 +1,8 @@
 """Every registered technique keeps the contract.
 
 `make contract` (VIVACE_CONTRACT=full) puts every technique through every check. Without it the techniques of `WHOLE`
-get every check, and the others, which share an engine with one of them, get those of `ESSENTIAL`: the whole suite on
-all techniques takes longer than a change may wait for.
+get every check, those of `ENGINES`, one for each engine that several share, get `ESSENTIAL` and `DEEP`, and the others
+`ESSENTIAL`: the whole suite on all techniques takes longer than a change may wait for.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ ESSENTIAL = (
     "check_undo_is_exact",
     "check_identity_is_the_exact_run",
     "check_it_acts",
-    "check_aborted_generation_leaves_nothing",
-    "check_batch_mates_do_not_matter",
-    "check_fused_guidance_is_separate_guidance",
     "check_counts_are_as_estimated",
     "check_receipt_adds_up",
 )
-
-
-MASKED = (
-    "delta_dit",
-    "duca",
-    "fastercache",
-    "foca",
-    "fora",
-    "frozen_schedule",
-    "hicache",
-    "magcache",
-    "pyramid_attention_broadcast",
-    "smoothcache",
-    "taylorseer",
-    "taylorseer_modules",
-    "toca",
+DEEP = (
+    "check_aborted_generation_leaves_nothing",
+    "check_batch_mates_do_not_matter",
+    "check_fused_guidance_is_separate_guidance",
 )
-"""Caches whose steps are known beforehand: no sample's values decide, so batch mates are left to the whole contract."""
+ENGINES = (
+    "adaptive_guidance",
+    "asymmetric_reduction",
+    "cache_format",
+    "fused_linear",
+    "latent_frame_rate",
+    "paro",
+    "progressive_resolution",
+    "pruned_model",
+    "quantized_linear",
+    "sparge_attention",
+    "taylorseer_modules",
+    "teacache",
+    "token_skip",
+)
+"""One technique for each engine; where several share one, it is the engine that these checks are about."""
 
 
 LONG = {
@@ -69,8 +69,7 @@ def chosen() -> list[tuple[str, object]]:
         if full()
         or name in WHOLE
         or (
-            check.__name__ in ESSENTIAL
-            and not (name in MASKED and check.__name__ == "check_batch_mates_do_not_matter")
+            (check.__name__ in ESSENTIAL or (check.__name__ in DEEP and name in ENGINES))
             and (name, check.__name__) not in LONG
         )
     ]
@@ -88,8 +87,8 @@ def test_technique_keeps_the_contract(name: str, check):
 
 
 def test_essential_checks_exist():
-    assert set(ESSENTIAL) <= {check.__name__ for check in technique_checks()}
-    assert set(WHOLE) | set(MASKED) | {name for name, _ in LONG} <= set(registry)
+    assert {*ESSENTIAL, *DEEP} <= {check.__name__ for check in technique_checks()}
+    assert set(WHOLE) | set(ENGINES) | {name for name, _ in LONG} <= set(registry)
 
 
 def test_known_failures_exist():

@@ -7,6 +7,7 @@ differently from its source.
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import textwrap
 from dataclasses import dataclass, fields
@@ -86,10 +87,11 @@ def entry(name: str) -> Entry:
     Raises:
         UnknownNameError: no method is called so; the sentence offers the nearest.
     """
-    known = {e.name: e for e in entries()}
-    if name not in known:
-        raise UnknownNameError("method", name, known)
-    return known[name]
+    from vivace.techniques.base import registry
+
+    if name not in registry:
+        raise UnknownNameError("method", name, registry)
+    return _entry(registry[name])
 
 
 def _entry(technique: type[Technique]) -> Entry:
@@ -139,17 +141,25 @@ def _settings(technique: type[Technique]) -> tuple[Setting, ...]:
 
 
 def _field_docs(technique: type) -> dict[str, str]:
-    """The strings under the fields of a class and its bases, which Python does not keep: read from the source."""
+    """The strings under the fields of a class and its bases."""
     found: dict[str, str] = {}
     for cls in reversed(technique.__mro__):
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-        except (OSError, TypeError, SyntaxError):
-            continue
-        for field, text in pairwise(getattr(tree.body[0], "body", [])):
-            match field, text:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
-                    found[name] = " ".join(doc.split())
+        found |= _own_docs(cls)
+    return found
+
+
+@functools.cache
+def _own_docs(cls: type) -> dict[str, str]:
+    """Those of one class, which Python does not keep: read from the source, which takes time for the large bases."""
+    found: dict[str, str] = {}
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError):
+        return found
+    for field, text in pairwise(getattr(tree.body[0], "body", [])):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
+                found[name] = " ".join(doc.split())
     return found
 
 

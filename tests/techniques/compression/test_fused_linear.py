@@ -303,7 +303,9 @@ def test_the_receipt_says_what_multiplies_and_how_fast() -> None:
     torch.testing.assert_close(latents(same), latents(generate(pipe, [FusedLinear()])), rtol=1e-4, atol=1e-4)
 
 
-def test_backends_that_cannot_are_refused_and_leave_nothing() -> None:
+def test_backends_that_cannot_are_refused_and_leave_nothing(monkeypatch) -> None:
+    # Tests of kernels in the same process switch Triton's interpreter on.
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     pipe = small()
     before = dict(pipe.transformer.named_modules())
     for backend, why in (("hopper", "bfloat16 or float16"), ("triton", "needs a GPU")):

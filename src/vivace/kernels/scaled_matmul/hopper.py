@@ -10,6 +10,7 @@ while the product is being made.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -180,7 +181,12 @@ def _matmul(
 
 
 def _described(x: torch.Tensor, tile: list[int], kind: Any) -> Any:
-    return TensorDescriptor.from_tensor(x, tile, gl.NVMMASharedLayout.get_default_for(tile, kind))
+    return TensorDescriptor.from_tensor(x, tile, _layout(*tile, kind))
+
+
+@functools.cache
+def _layout(rows: int, columns: int, kind: Any) -> Any:
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], kind)
 
 
 KINDS: dict[torch.dtype, Any] = {
