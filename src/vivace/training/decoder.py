@@ -43,6 +43,7 @@ from vivace.tiny.train.common import (
 from vivace.tiny.train.seeds import held_out
 from vivace.tiny.train.sheets import contact_sheet
 from vivace.tiny.train.vae_quality import decibel
+from vivace.training.loop import train
 from vivace.world.splits import train_seeds
 
 STREAM = 300
@@ -247,59 +248,31 @@ def fit(
         renew_every: updates after which a portion of the bank is made anew.
         stop_after: updates after which to stop as an interruption would, with a checkpoint (for tests).
     """
-    processes, bank, curve, step = trainer.processes, trainer.bank, [], 0
+    processes, bank = trainer.processes, trainer.bank
     state = load_checkpoint(checkpoint, processes)
     if state is None:
-        bank.fill()
+        bank.fill()  # the first bank is not training
     else:
         random = random_state()
         trainer.load_state_dict(state["trainer"])
         restore_random_state(random)
-        step, curve, budget.spent = state["step"], state["curve"], state["seconds"]
-        processes.say(f"resumed at step {step} after {budget.spent:.0f} s")
-    budget.started = time.perf_counter()  # the first bank is not training
     processes.say(
         f"bank of {bank.size} clips, {bank.portion / max(bank.seconds_per_portion, 1e-9):.1f} clips/s"
     )
 
-    def save() -> None:
-        if processes.leads:
-            kept = {
-                "trainer": trainer.state_dict(),
-                "step": step,
-                "curve": curve,
-                "seconds": budget.seconds(),
-            }
-            save_checkpoint(checkpoint, kept)
-
-    progress, saved, told = processes.agree(budget.progress(step)), time.perf_counter(), time.perf_counter()
-    while progress < 1.0:
+    def update(step: int, progress: float) -> Tensor:
         loss = trainer.step(progress, batch, frames)
-        step += 1
         if step % renew_every == 0:
             bank.refresh()
-        if budget.steps is not None or step % 10 == 0:
-            if budget.steps is None:
-                loss.item()  # waits for the device, which keeps the clock honest
-            progress = processes.agree(budget.progress(step))
-        if progress >= 1.0 or time.perf_counter() - told > 10.0:
-            curve.append([step, round(budget.seconds(), 1), round(float(loss), 5)])
-            processes.say(
-                f"step {step} {budget.seconds():.0f} s {100 * progress:.0f} %: loss {float(loss):.4f}"
-            )
-            told = time.perf_counter()
-        if progress >= 1.0 or time.perf_counter() - saved > save_every or step == stop_after:
-            save()
-            saved = time.perf_counter()
-        if step == stop_after:
-            break
-    return {
-        "steps": step,
-        "seconds": round(budget.seconds(), 1),
-        "clips": bank.made * processes.world,
-        "curve_columns": ["step", "seconds", "loss"],
-        "curve": curve,
-    }
+        return loss
+
+    def save(kept: dict[str, Any]) -> None:
+        save_checkpoint(checkpoint, kept | {"trainer": trainer.state_dict()})
+
+    done = train(
+        update, save, budget, processes, state, save_every=save_every, stop_after=stop_after, look_every=10
+    )
+    return done | {"clips": bank.made * processes.world}
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from vivace.tiny.train.common import (
 )
 from vivace.tiny.train.muon import SplitOptimizer, split_parameters
 from vivace.tiny.train.text_to_video import NOT_MATRICES, FlowLoss
+from vivace.training.loop import train
 from vivace.training.pruning_data import NoisyBatch, Pool, noisy
 
 
@@ -235,46 +236,24 @@ def fit(
         save_every: seconds between checkpoints.
         stop_after: updates after which to stop as an interruption would, with a checkpoint (for tests).
     """
-    processes, curve, step = trainer.processes, [], 0
+    processes = trainer.processes
     state = load_checkpoint(checkpoint, processes)
     if state is not None:
         trainer.load_state_dict(state["trainer"])
-        step, curve, budget.spent = state["step"], state["curve"], state["seconds"]
-        processes.say(f"resumed at step {step} after {budget.spent:.0f} s")
-    budget.started = time.perf_counter()
 
-    def save() -> None:
-        if processes.leads:
-            kept = {"trainer": trainer.state_dict(), "step": step, "curve": curve}
-            save_checkpoint(checkpoint, kept | {"seconds": budget.seconds(), "clips": len(pool)})
+    def save(kept: dict[str, Any]) -> None:
+        save_checkpoint(checkpoint, kept | {"trainer": trainer.state_dict(), "clips": len(pool)})
 
-    progress, saved, told = processes.agree(budget.progress(step)), time.perf_counter(), time.perf_counter()
-    while progress < 1.0:
-        loss = trainer.step(pool, batch, progress)
-        step += 1
-        if budget.steps is not None or step % 5 == 0:
-            if budget.steps is None:
-                loss.item()  # waits for the device, which keeps the clock honest
-            progress = processes.agree(budget.progress(step))
-        if progress >= 1.0 or time.perf_counter() - told > 10.0:
-            curve.append([step, round(budget.seconds(), 1), round(float(loss), 5)])
-            processes.say(
-                f"step {step} {budget.seconds():.0f} s {100 * progress:.0f} %: loss {float(loss):.4f}"
-            )
-            told = time.perf_counter()
-        if progress >= 1.0 or time.perf_counter() - saved > save_every or step == stop_after:
-            save()
-            saved = time.perf_counter()
-        if step == stop_after:
-            break
-    return {
-        "steps": step,
-        "seconds": round(budget.seconds(), 1),
-        "batch": batch * processes.world,
-        "clips": len(pool) * processes.world,
-        "curve_columns": ["step", "seconds", "loss"],
-        "curve": curve,
-    }
+    done = train(
+        lambda _, progress: trainer.step(pool, batch, progress),
+        save,
+        budget,
+        processes,
+        state,
+        save_every=save_every,
+        stop_after=stop_after,
+    )
+    return done | {"batch": batch * processes.world, "clips": len(pool) * processes.world}
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from vivace.tiny.train.common import (
     warm_linear,
 )
 from vivace.tiny.train.latents import LatentSet, tokenize
+from vivace.training.loop import train
 from vivace.training.quantization_layers import RankSchedule, StudentLinear
 from vivace.training.quantization_loss import DistillationLoss, Pairs, make_pairs, watched
 
@@ -310,51 +310,30 @@ def fit(
         save_every: seconds between checkpoints.
         stop_after: updates after which to stop as an interruption would, with a checkpoint (for tests).
     """
-    processes, step, curve = trainer.processes, 0, []
+    processes = trainer.processes
     if state is not None:
         trainer.load_state_dict(state["trainer"])
-        step, curve, budget.spent = state["step"], state["curve"], state["seconds"]
         if processes.leads:
             restore_random_state(state["random"])
         else:
-            torch.manual_seed(1000 * step + processes.rank)
-        processes.say(f"resumed at step {step} after {budget.spent:.0f} s")
-    budget.started = time.perf_counter()
-    progress = processes.agree(budget.progress(step))
-    saved = told = time.perf_counter()
-    total, since = torch.zeros((), device=processes.device), 0
-    while progress < 1.0:
-        total, since, step = total + trainer.step(data, batch, progress), since + 1, step + 1
-        if budget.steps is not None:
-            progress = budget.progress(step)
-        elif step % 5 == 0 or processes.device.type == "cpu":
-            if processes.device.type == "cuda":
-                torch.cuda.synchronize()  # keeps the clock honest
-            progress = processes.agree(budget.progress(step))
-        now = time.perf_counter()
-        if progress >= 1.0 or now - told > 10.0:
-            curve.append([step, round(budget.seconds(), 1), round(float(total) / since, 5), _left(trainer)])
-            processes.say(
-                f"step {step} {budget.seconds():.0f} s {100 * progress:.0f} %: loss {curve[-1][2]:.4f}, "
-                f"auxiliary ranks {curve[-1][3]}"
-            )
-            total, since, told = torch.zeros_like(total), 0, now
-        stop = step == stop_after
-        if processes.leads and (progress >= 1.0 or now - saved > save_every or stop):
-            more = {"trainer": trainer.state_dict(), "step": step, "curve": curve}
-            save_checkpoint(checkpoint, {**kept, **more, "seconds": budget.seconds()})
-            saved = time.perf_counter()
-        if stop:
-            break
-    if progress >= 1.0:
+            torch.manual_seed(1000 * state["step"] + processes.rank)
+
+    def save(more: dict[str, Any]) -> None:
+        save_checkpoint(checkpoint, {**kept, **more, "trainer": trainer.state_dict()})
+
+    done = train(
+        lambda _, progress: trainer.step(data, batch, progress),
+        save,
+        budget,
+        processes,
+        state,
+        save_every=save_every,
+        stop_after=stop_after,
+        told={"auxiliary ranks": lambda: _left(trainer)},
+    )
+    if done["finished"]:
         trainer.anneal(1.0)
-    return {
-        "steps": step,
-        "seconds": round(budget.seconds(), 1),
-        "batch": batch * processes.world,
-        "curve_columns": ["step", "seconds", "loss", "auxiliary ranks"],
-        "curve": curve,
-    }
+    return done | {"batch": batch * processes.world}
 
 
 def _left(trainer: QuantizationTrainer) -> int:

@@ -1,0 +1,82 @@
+"""The loop that trainers share: updates until a budget is spent, progress lines, a curve, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vivace.tiny.train.common import Budget, Processes
+
+LINE_EVERY = 10.0
+"""Seconds between progress lines."""
+
+
+def train(
+    update: Callable[[int, float], Tensor],
+    save: Callable[[dict[str, Any]], None],
+    budget: Budget,
+    processes: Processes,
+    state: Mapping[str, Any] | None = None,
+    *,
+    save_every: float = 60.0,
+    stop_after: int | None = None,
+    look_every: int = 5,
+    told: Mapping[str, Callable[[], Any]] | None = None,
+) -> dict[str, Any]:
+    """Train until the budget is spent; its clock starts now.
+
+    Args:
+        update: makes update number `step` at a progress from 0 to 1, and returns the loss on the device.
+        save: keeps a checkpoint; is given what this loop needs to go on (`step`, `curve`, `seconds`). Called on the
+            leading process only.
+        state: of the checkpoint that is taken up.
+        save_every: seconds between checkpoints.
+        stop_after: updates after which to stop as an interruption would, with a checkpoint (for tests).
+        look_every: updates after which the device is waited for and the clock read, where the budget is in minutes.
+        told: further columns of the curve and the progress lines.
+
+    Returns:
+        `steps`, `seconds`, `finished` (whether the budget is spent), `curve_columns` and `curve`, whose losses are
+        means since the line before.
+    """
+    step, curve, told = 0, [], told or {}
+    if state is not None:
+        step, curve, budget.spent = state["step"], state["curve"], state["seconds"]
+        processes.say(f"resumed at step {step} after {budget.spent:.0f} s")
+    budget.started = time.perf_counter()
+    progress = processes.agree(budget.progress(step))
+    saved = line = time.perf_counter()
+    total, since = torch.zeros((), device=processes.device), 0
+    while progress < 1.0:
+        total, since, step = total + update(step + 1, progress), since + 1, step + 1
+        if budget.steps is not None:
+            progress = budget.progress(step)
+        elif step % look_every == 0:
+            total.item()  # waits for the device, which keeps the clock honest
+            progress = processes.agree(budget.progress(step))
+        now = time.perf_counter()
+        if progress >= 1.0 or now - line > LINE_EVERY:
+            more = {name: value() for name, value in told.items()}
+            curve.append([step, round(budget.seconds(), 1), round(float(total) / since, 5), *more.values()])
+            tail = "".join(f", {name} {value}" for name, value in more.items())
+            processes.say(
+                f"step {step} {budget.seconds():.0f} s {100 * progress:.0f} %: loss {curve[-1][2]:.4f}{tail}"
+            )
+            total, since, line = torch.zeros_like(total), 0, now
+        if progress >= 1.0 or now - saved > save_every or step == stop_after:
+            if processes.leads:
+                save({"step": step, "curve": curve, "seconds": budget.seconds()})
+            saved = time.perf_counter()
+        if step == stop_after:
+            break
+    return {
+        "steps": step,
+        "seconds": round(budget.seconds(), 1),
+        "finished": progress >= 1.0,
+        "curve_columns": ["step", "seconds", "loss", *told],
+        "curve": curve,
+    }
