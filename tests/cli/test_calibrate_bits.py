@@ -145,6 +145,7 @@ def test_an_interrupted_measurement_goes_on_behind_its_layers(
             ("--technique", "quantized_linear@mixed=x.json", "--target", "bits=5"),
             "leave out mixed and maxima",
         ),
+        (("--technique", "quantized_linear", "--target", "bits=2"), "codes take 4 and scales come on top"),
         (("--technique", "quantized_linear@formats=int3", "--target", "bits=5"), "no recipe of int3"),
         (("--technique", "quantized_linear@by=head", "--target", "bits=5"), "by is one of"),
         (("--technique", "quantized_linear@wieghts=int4", "--target", "bits=5"), "wieghts"),
@@ -161,7 +162,7 @@ def test_wrong_words_are_one_sentence(vivace, folder: Path, here: Path, argument
 
 def test_a_budget_that_cannot_be_met_keeps_what_was_measured(vivace, folder: Path, here: Path) -> None:
     arguments = ("calibrate", "-m", str(folder), *SMALL, "--technique", ROLES)
-    run = vivace(*arguments, "--target", "bits=2")
+    run = vivace(*arguments, "--target", "bits=4.01")
     assert run.code == 2
     assert "smallest formats take" in run.err
     assert [p.name for p in here.iterdir()] == ["calibration.json.part"]

@@ -94,3 +94,23 @@ def test_unknown_vaes_and_uneven_banks_are_refused(tmp_path):
         training.load_vae(str(tmp_path))
     with pytest.raises(ConfigError, match="divisor"):
         training.LatentBank(teacher(), SHAPE, size=3, portion=2, stream=0, device=torch.device("cpu"))
+
+
+def test_a_trainer_as_a_program(capsys) -> None:
+    from vivace.core.errors import ConfigError
+    from vivace.training.loop import command
+
+    def wrong() -> None:
+        raise ConfigError("give another.")
+
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    for main, code, says in (
+        (wrong, 2, "error: give another."),
+        (stopped, 130, "goes on from the last saved step"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            command(main)
+        assert end.value.code == code
+        assert says in capsys.readouterr().err

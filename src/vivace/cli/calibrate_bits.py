@@ -145,7 +145,15 @@ def wanted(text: str, target: str | None) -> Wanted:
         )
     except ValueError as error:
         raise ConfigError(f"formats={formats}: {error}.") from None
-    return Wanted(technique, candidates, by, int(calls), None if target is None else wish_of(target))
+    wish = None if target is None else wish_of(target)
+    # The last figure of a format's name is the bits of its codes; scales come on top, by the layers' shapes.
+    least = min(int(recipe.weights[-1]) for recipe in candidates)
+    if wish is not None and wish[0] == "bits" and wish[1] <= least:
+        raise ConfigError(
+            f"no mix of {formats.replace('+', ' and ')} has {wish[1]:g} bits a weight: codes take {least} and scales "
+            "come on top; ask for more, or give other formats."
+        )
+    return Wanted(technique, candidates, by, int(calls), wish)
 
 
 def calibrate_and_tell(

@@ -13,7 +13,6 @@ beside the file. `torchrun` starts it on several GPUs.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vivace.core.errors import ConfigError, VivaceError
+from vivace.core.errors import ConfigError
 from vivace.models import tiny_decoder
 from vivace.models.tiny_decoder import TinyDecoder
 from vivace.tiny.train.clips import ClipShape, to_frames, to_model
@@ -43,7 +42,7 @@ from vivace.tiny.train.common import (
 from vivace.tiny.train.seeds import held_out
 from vivace.tiny.train.sheets import contact_sheet
 from vivace.tiny.train.vae_quality import decibel
-from vivace.training.loop import train
+from vivace.training.loop import command, train
 from vivace.world.splits import train_seeds
 
 STREAM = 300
@@ -430,11 +429,4 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except VivaceError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last saved step.", file=sys.stderr)
-        sys.exit(130)
+    command(main)

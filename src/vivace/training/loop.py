@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivace.core.errors import VivaceError
 from vivace.tiny.train.common import Budget, Processes
 
 LINE_EVERY = 10.0
@@ -80,3 +82,18 @@ def train(
         "curve_columns": ["step", "seconds", "loss", *told],
         "curve": curve,
     }
+
+
+def command(main: Callable[[], Any]) -> None:
+    """Run a trainer as a program: what is wrong with the input is one sentence and code 2, an interruption 130."""
+    try:
+        main()
+    except VivaceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(
+            "interrupted; the same command goes on from the last saved step, or anew where none was saved yet.",
+            file=sys.stderr,
+        )
+        sys.exit(130)

@@ -12,19 +12,19 @@ interruption. The file is for the technique `pruned_model`.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vivace.core.errors import ConfigError, VivaceError
+from vivace.core.errors import ConfigError
 from vivace.models import pruned_file
 from vivace.models.pruned_costs import counted
 from vivace.models.pruning import KINDS, Anatomy, Kept, anatomy, carved, choose
 from vivace.tiny.train.clips import ClipShape
 from vivace.tiny.train.common import Budget, Processes, machine, write_json
+from vivace.training.loop import command
 from vivace.training.pruning_data import LEVELS, NoisyBatch, gather, held_out_batches, load_model
 from vivace.training.pruning_probe import Probe, channel_groups, drop_blocks, read, scores_and_costs
 from vivace.training.pruning_repair import Repairer, RepairLoss, clips_of, fit, measure
@@ -259,15 +259,10 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
         return table
     if (options.minutes if options.steps is None else options.steps) <= 0:
         words.error("nothing to train: give --minutes or --steps above 0.")
+    if not 0.0 < options.keep < 1.0:
+        words.error(f"--keep is a share of the FLOPs between 0 and 1, not {options.keep:g}.")
     return repair(options)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except VivaceError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last saved step.", file=sys.stderr)
-        sys.exit(130)
+    command(main)

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 
 from vivace.calibration.artifact import model_hash
-from vivace.core.errors import ConfigError, VivaceError
+from vivace.core.errors import ConfigError
 from vivace.kernels.quant_linear.spec import ACTIVATIONS, GROUPS, WEIGHTS, Recipe
 from vivace.models.loading import load
 from vivace.models.quantized import TrainedLinears
@@ -38,6 +37,7 @@ from vivace.tiny.train.common import Budget, Processes, load_checkpoint, machine
 from vivace.tiny.train.latents import LatentSet, encode_clips, make_encoder, pool_mask, tokenize
 from vivace.tiny.train.seeds import held_out
 from vivace.tiny.whole_clip import config_of
+from vivace.training.loop import command
 from vivace.training.quantization_layers import RankSchedule
 from vivace.training.quantization_loss import DistillationLoss, Evaluator, HeldOut, Pairs
 from vivace.training.quantization_trainer import Choices, QuantizationTrainer, deployed, fit, input_maxima
@@ -315,11 +315,4 @@ def _told(what: str, errors: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except VivaceError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last saved step.", file=sys.stderr)
-        sys.exit(130)
+    command(main)

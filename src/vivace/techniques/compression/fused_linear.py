@@ -109,7 +109,7 @@ class FusedLinear(Technique):
             found.append(self.problem("setting", message, "warning"))
         if self.kind == "fp8" and not torch.cuda.is_available():
             message = "no GPU is visible, and processors do not multiply fp8: it is emulated and slower than exact; "
-            found.append(self.problem("slow", f"{message}set kind: int8.", "warning"))
+            found.append(self.problem("slow", f"{message}leave it out here.", "warning"))
         return found
 
     def check_beside(self, model: ModelDescription, others: tuple[Technique, ...]) -> list[Problem]:
