@@ -18,13 +18,12 @@ import argparse
 import contextlib
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from harness import Clock, Record, clear, summary
-from parts import SHAPES, techniques
-from transformer import Bench
+from parts import techniques
+from transformer import Bench, understood, words
 
 from vivace.plans.plan import Plan
 from vivace.plans.session import accelerate
@@ -176,34 +175,10 @@ class FusedBench(Bench):
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run what the command line asks for; returns the record."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shape", choices=list(SHAPES), default="wan1.3b")
-    parser.add_argument("--layers", type=int, help="depth of the transformer; all layers by default")
-    parser.add_argument("--density", type=float, default=0.1)
+    parser = words(__doc__, 85.0)
     parser.add_argument("--block", type=int, choices=(64, 128), default=64, help="block of sparse attention")
     parser.add_argument("--sparse", action="append", help="sparse methods; default: vsa and jenga")
-    parser.add_argument("--steps", type=int, default=3, help="forwards of a call")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument(
-        "--compile", help="torch.compile backend, or none; default: inductor, eager on a processor"
-    )
-    parser.add_argument("--budget", type=float, default=85.0, help="seconds after which nothing new is begun")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument(
-        "--tiny", action="store_true", help="a small clip and narrow layers, to try the script"
-    )
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no GPU here; --tiny --device cpu tries the script without one.")
-    if min(args.steps, args.rounds, args.layers or 1) < 1 or not 0.0 < args.density < 1.0:
-        parser.error("--steps, --rounds and --layers must be at least 1, and --density between 0 and 1.")
-    args.compile = args.compile or ("inductor" if args.device == "cuda" else "eager")
-    # Every contender compiles the same blocks for itself.
-    torch._dynamo.config.recompile_limit = 512
-    torch._dynamo.config.accumulated_recompile_limit = 4096
+    args = understood(parser, argv)
     record = Record(args.out, args.device, vars(args))
     bench = FusedBench(args, record, Clock(args.budget))
     record.data["benchmark"] = "fused forward"

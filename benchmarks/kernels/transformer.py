@@ -234,36 +234,30 @@ class Bench:
         self.record.save()
 
 
-@torch.no_grad()
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run what the command line asks for; returns the record."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def words(doc: str | None, budget: float) -> argparse.ArgumentParser:
+    """The command line that benchmarks of whole forwards share."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="wan1.3b")
     parser.add_argument("--layers", type=int, help="depth of the transformer; all layers by default")
     parser.add_argument("--density", type=float, default=0.1)
-    parser.add_argument(
-        "--off", type=float, default=OFF, help="relative error allowed of a receipt's density"
-    )
-    parser.add_argument("--block", type=int, action="append", choices=(64, 128), help="default: both")
-    parser.add_argument("--only", action="append", help="sparse contenders whose name begins so")
     parser.add_argument("--steps", type=int, default=3, help="forwards of a call")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument(
         "--compile", help="torch.compile backend, or none; default: inductor, eager on a processor"
     )
     parser.add_argument(
-        "--compiled", action="append", help="sparse contenders that are also compiled; default: vsa"
-    )
-    parser.add_argument(
-        "--budget", type=float, default=math.inf, help="seconds after which nothing new is begun"
+        "--budget", type=float, default=budget, help="seconds after which nothing new is begun"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(
         "--tiny", action="store_true", help="a small clip and narrow layers, to try the script"
     )
     parser.add_argument("--out", type=Path)
+    return parser
+
+
+def understood(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The arguments, with what cannot be refused in a sentence; compiling is made ready."""
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU here; --tiny --device cpu tries the script without one.")
@@ -273,6 +267,22 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     # Every contender compiles the same blocks for itself.
     torch._dynamo.config.recompile_limit = 512
     torch._dynamo.config.accumulated_recompile_limit = 4096
+    return args
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run what the command line asks for; returns the record."""
+    parser = words(__doc__, math.inf)
+    parser.add_argument(
+        "--off", type=float, default=OFF, help="relative error allowed of a receipt's density"
+    )
+    parser.add_argument("--block", type=int, action="append", choices=(64, 128), help="default: both")
+    parser.add_argument("--only", action="append", help="sparse contenders whose name begins so")
+    parser.add_argument(
+        "--compiled", action="append", help="sparse contenders that are also compiled; default: vsa"
+    )
+    args = understood(parser, argv)
     record = Record(args.out, args.device, vars(args))
     bench = Bench(args, record, Clock(args.budget))
     contenders: dict[str, Any] = {"exact, default": None, "exact, cudnn": "_native_cudnn"}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from vivace.core.errors import ConfigError
+from vivace.core.errors import ConfigError, VivaceError
 from vivace.models import pruned_file
 from vivace.models.pruning import Kept, anatomy, carved
 from vivace.tiny.build import TinyConfig, build_pipeline
@@ -18,6 +18,7 @@ from vivace.training import pruning as command
 from vivace.training import pruning_data as data
 from vivace.training import pruning_probe as probing
 from vivace.training import pruning_repair as repairing
+from vivace.training import subject
 
 SMALL = TinyConfig(
     heads=2, head_dim=16, layers=4, ffn_dim=64, text_dim=32, text_layers=1, vae_dim=8, latent_channels=8
@@ -44,14 +45,14 @@ def model() -> Any:
         for linear in (block.attn1.to_out[0], block.attn2.to_out[0], block.ffn.net[2]):
             linear.weight.mul_(0.01)
             linear.bias.mul_(0.01)
-    data.supported(pipeline)
+    subject.supported(pipeline)
     return pipeline
 
 
 @pytest.fixture(scope="module")
 def whole():
     pipeline = model()
-    return pipeline, anatomy(data.supported(pipeline), pipeline.transformer)
+    return pipeline, anatomy(subject.supported(pipeline), pipeline.transformer)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_probing_is_taken_up_where_it_stopped(whole, batches, tmp_path):
     with pytest.raises(ConfigError, match="other settings"):
         probe(whole, batches, path, groups=8)
     other = build_pipeline(1, SMALL)
-    stranger = other, anatomy(data.supported(other), other.transformer)
+    stranger = other, anatomy(subject.supported(other), other.transformer)
     with pytest.raises(ConfigError, match="another model"):
         probe(stranger, batches, path)
     (tmp_path / "no.json").write_text("{}")
@@ -132,7 +133,7 @@ KEPT = Kept(
 
 
 def trainer(whole) -> repairing.Repairer:
-    student = carved(data.supported(whole[0]), whole[1].expert.module, KEPT)
+    student = carved(subject.supported(whole[0]), whole[1].expert.module, KEPT)
     return repairing.Repairer(HERE, whole[1], student, KEPT, muon_lr=2e-3, adam_lr=2e-3)
 
 
@@ -166,7 +167,7 @@ def test_a_run_taken_up_again_is_the_same_run(whole, pool, tmp_path):
 
 
 def test_the_command_writes_a_file_that_fits(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(command, "load_model", lambda name: ((p := model()), data.supported(p)))
+    monkeypatch.setattr(command, "load_model", lambda name: ((p := model()), subject.supported(p)))
     out = tmp_path / "pruned.safetensors"
     given = "--steps 2 --size 5 32 32 --clips 4 --batch 4 --groups 4 --depth 3 --keep 0.7 --eval-clips 1 --store int8"
     record = command.main(["repair", *given.split(), "--device", "cpu", "--out", str(out)])
@@ -177,7 +178,7 @@ def test_the_command_writes_a_file_that_fits(tmp_path, capsys, monkeypatch):
     head, state = pruned_file.load(out)
     whole = model().transformer
     assert head.base == pruned_file.base_hash(whole)
-    student = carved(data.supported(model()), whole, head.kept)
+    student = carved(subject.supported(model()), whole, head.kept)
     student.load_state_dict(state)
     assert student.config["num_layers"] == 3
     assert student.config["ffn_dim"] == student.blocks[0].ffn.net[2].in_features < 64
@@ -185,9 +186,9 @@ def test_the_command_writes_a_file_that_fits(tmp_path, capsys, monkeypatch):
 
 
 def test_what_cannot_be_pruned_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="no folder of a diffusers pipeline"):
-        data.load_model(str(tmp_path))
+    with pytest.raises(VivaceError, match="is missing: a pipeline folder"):
+        subject.load_model(str(tmp_path))
     from vivace.testing import models
 
-    with pytest.raises(ConfigError, match="not LTXPipeline"):
-        data.supported(models.pipeline("ltx"))
+    with pytest.raises(ConfigError, match="not for LTXPipeline"):
+        subject.supported(models.pipeline("ltx"))

@@ -25,9 +25,10 @@ from vivace.models.pruning import KINDS, Anatomy, Kept, anatomy, carved, choose
 from vivace.tiny.train.clips import ClipShape
 from vivace.tiny.train.common import Budget, Processes, machine, write_json
 from vivace.training.loop import command
-from vivace.training.pruning_data import LEVELS, NoisyBatch, gather, held_out_batches, load_model
+from vivace.training.pruning_data import LEVELS, NoisyBatch, gather, held_out_batches
 from vivace.training.pruning_probe import Probe, channel_groups, drop_blocks, read, scores_and_costs
 from vivace.training.pruning_repair import Repairer, RepairLoss, clips_of, fit, measure
+from vivace.training.subject import load_model
 
 
 def parser() -> argparse.ArgumentParser:

@@ -7,15 +7,11 @@ afterwards. A pool is known by how many clips it holds: the same count gives the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vivace.core.errors import ConfigError
-from vivace.models.adapter import Adapter
-from vivace.models.families import for_module
 from vivace.tiny.train.clips import ClipShape
 from vivace.tiny.train.common import Processes
 from vivace.tiny.train.latents import embed_text, encode_clips, make_encoder, pool_mask, tokenize
@@ -85,46 +81,6 @@ def noisy(pool: Pool, flow: FlowLoss, count: int, drop: float) -> NoisyBatch:
     x = torch.lerp(clean, noise, s.view(-1, 1, 1, 1, 1))
     weight = 1.0 + flow.object_weight * mask
     return NoisyBatch(x[rows], s[rows], text, (noise - clean)[rows], weight[rows], pairs)
-
-
-def load_model(name: str) -> tuple[Any, Adapter]:
-    """The pipeline, in float32 and eval mode, and the adapter of its transformer.
-
-    Args:
-        name: `tiny`, or a diffusers folder of a Wan text-to-video pipeline with one transformer.
-
-    Raises:
-        ConfigError: there is no such folder, or it holds another kind of pipeline.
-    """
-    if name == "tiny":
-        from vivace.tiny.load import load_tiny
-
-        pipeline: Any = load_tiny(torch.float32)
-    else:
-        from diffusers import DiffusionPipeline
-
-        folder = Path(name).expanduser()
-        if not (folder / "model_index.json").is_file():
-            raise ConfigError(f"{name} is no folder of a diffusers pipeline; give one, or 'tiny'.")
-        pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
-    return pipeline, supported(pipeline)
-
-
-def supported(pipeline: Any) -> Adapter:
-    """The adapter of a pipeline that clips of the world can be encoded for.
-
-    Raises:
-        ConfigError: it is of another kind.
-    """
-    adapter = for_module(getattr(pipeline, "transformer", None))
-    whole = type(pipeline).__name__ == "WanPipeline" and getattr(pipeline, "transformer_2", None) is None
-    if adapter is None or not whole:
-        raise ConfigError(
-            f"only Wan text-to-video pipelines with one transformer can be pruned here, not {type(pipeline).__name__}."
-        )
-    for part in (pipeline.transformer, pipeline.text_encoder, pipeline.vae):
-        part.eval().requires_grad_(False)
-    return adapter
 
 
 @torch.no_grad()

@@ -41,6 +41,7 @@ from vivace.training.loop import command
 from vivace.training.quantization_layers import RankSchedule
 from vivace.training.quantization_loss import DistillationLoss, Evaluator, HeldOut, Pairs
 from vivace.training.quantization_trainer import Choices, QuantizationTrainer, deployed, fit, input_maxima
+from vivace.training.subject import load_model
 from vivace.world import caption, sample_scenes
 
 STREAM = 400
@@ -193,8 +194,7 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     gpu = device.type == "cuda"
     for name, (large, small) in DEFAULTS.items():
         setattr(options, name, getattr(options, name) or (large if gpu else small))
-    pipeline = load(options.model, dtype=torch.float32)
-    _check(pipeline, options.model)
+    pipeline, _ = load_model(options.model)
     identity = model_hash(pipeline)
     pipeline.to(device)
     loss = DistillationLoss(
@@ -293,20 +293,6 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
         processes.say(_told(f"trained, {name} weights", errors[name]))
     processes.say(f"wrote {options.out} ({chosen} weights, {record['bytes'] / 1e6:.1f} MB)")
     return record
-
-
-def _check(pipeline: Any, name: str) -> None:
-    """Refuse what clips of `vivace.world` cannot be made into calls of.
-
-    Raises:
-        ConfigError: it is no text-to-video Wan pipeline with one expert.
-    """
-    kinds = (type(pipeline).__name__, type(getattr(pipeline, "vae", None)).__name__)
-    one = getattr(pipeline, "transformer_2", None) is None
-    if kinds != ("WanPipeline", "AutoencoderKLWan") or not one:
-        raise ConfigError(
-            f"{name} is no Wan text-to-video pipeline with one transformer; give one, or 'tiny'."
-        )
 
 
 def _told(what: str, errors: dict[str, float]) -> str:
