@@ -176,7 +176,11 @@ def save(out: Path) -> None:
 
 
 def main() -> int:
-    return run(parser(__doc__, ("curves", "composition")), lambda a: specs(a.part, a.only, a.out), save)
+    return run(
+        parser(__doc__, ("curves", "composition")),
+        lambda a: specs(a.part, a.only, a.out),
+        lambda a: save(a.out),
+    )
 
 
 if __name__ == "__main__":

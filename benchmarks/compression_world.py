@@ -8,7 +8,7 @@ Run it from the repository's root. The exact run is always the baseline, and a k
 `--list` shows the contenders, `--only` takes those whose name holds one of the texts.
 
 Formats are those of `quantized_linear` with all linears of the blocks; what no unit multiplies is emulated with exact
-numbers. Trained and pruned weights are those of the package, or of `--weights`. Combinations: `a+b` with a from token
+numbers. Trained and pruned weights are those of the folder `--weights`. Combinations: `a+b` with a from token
 reduction, b from sparse attention, c from caches, d from low bits, and the parts alone.
 """
 
@@ -80,9 +80,8 @@ COMBINED = (
 GROUPS = ("formats", "tokens", "trained", "composition")
 
 
-def trained() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Contenders of weights that were trained, as far as the folder has them (`--weights`)."""
-    folder = Path(sys.argv[sys.argv.index("--weights") + 1]) if "--weights" in sys.argv else None
+def trained(folder: Path | None) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Contenders of weights that were trained, as far as the folder has them."""
     found: dict[str, tuple[str, dict[str, Any]]] = {}
     for file in sorted(folder.glob("*.safetensors")) if folder is not None else []:
         if file.stem.startswith("pruned"):
@@ -96,7 +95,7 @@ def trained() -> dict[str, tuple[str, dict[str, Any]]]:
     return found
 
 
-def plans() -> dict[str, dict[str, Plan]]:
+def plans(weights: Path | None = None) -> dict[str, dict[str, Plan]]:
     """Group -> name -> plan."""
 
     def plan(name: str, parts: list[tuple[str, dict[str, Any]]]) -> Plan:
@@ -106,23 +105,24 @@ def plans() -> dict[str, dict[str, Plan]]:
     single = {
         "formats": {n: (Q, s) for n, s in FORMATS.items()},
         "tokens": TOKENS,
-        "trained": trained(),
+        "trained": trained(weights),
     }
     found = {group: {n: plan(n, [part]) for n, part in entries.items()} for group, entries in single.items()}
     found["composition"] = {n: plan(n, [PARTS[p] for p in n.split("+")]) for n in COMBINED}
     return found
 
 
-def specs(groups: list[str], only: list[str], out: Path) -> list[str]:
+def specs(groups: list[str], only: list[str], out: Path, weights: Path | None = None) -> list[str]:
     """Contenders as `vivace bench` reads them: plans in `out/plans`, written by `save`."""
-    names = [n for group in groups for n in plans()[group] if not only or any(text in n for text in only)]
+    known = plans(weights)
+    names = [n for group in groups for n in known[group] if not only or any(text in n for text in only)]
     return [f"plan:{out / 'plans' / name}.yaml" for name in names]
 
 
-def save(out: Path) -> None:
+def save(out: Path, weights: Path | None = None) -> None:
     """Write the plans."""
     (out / "plans").mkdir(parents=True, exist_ok=True)
-    for entries in plans().values():
+    for entries in plans(weights).values():
         for name, plan in entries.items():
             plan.save(out / "plans" / f"{name}.yaml")
 
@@ -130,7 +130,7 @@ def save(out: Path) -> None:
 def main() -> int:
     found = parser(__doc__, GROUPS)
     found.add_argument("--weights", type=Path, help="folder of pruned*, trained* and decoder*.safetensors")
-    return run(found, lambda a: specs(a.part, a.only, a.out), save)
+    return run(found, lambda a: specs(a.part, a.only, a.out, a.weights), lambda a: save(a.out, a.weights))
 
 
 if __name__ == "__main__":

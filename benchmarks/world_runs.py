@@ -50,12 +50,15 @@ def run(
         found.error("--limit is 0 or more, and --jobs at least 1.")
     chosen = specs(args)
     if not chosen:
-        found.error(f"no contender's name holds {' or '.join(args.only)}; see --list.")
+        what = (
+            f"no contender's name holds {' or '.join(args.only)}" if args.only else "there are no contenders"
+        )
+        found.error(f"{what} in {' and '.join(args.part)}; see --list.")
     if args.list:
         print(*chosen, sep="\n")
         return 0
     if any(str(args.out) in spec for spec in chosen):
-        save(args.out)
+        save(args)
     started = time.perf_counter()
 
     def watch(name: str, done: int, total: int) -> None:
