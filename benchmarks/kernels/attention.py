@@ -141,7 +141,9 @@ def ours(setup: Setup, mask: Mask, skipped: dict[str, str]) -> Iterator[Contende
         ("low_bit_attention", "int8 fp8 ", {"pv": "fp8"}, ROUNDS),
         ("low_bit_attention", "int8 bf16 ", {"pv": "bf16"}, ROUNDS),
     ):
-        for candidate in fitting(op, setup.context(block=mask.block, **modes), skipped, prefix=prefix):
+        for candidate in fitting(
+            op, setup.context(block=mask.block, **modes), skipped, named=setup.device == "cuda", prefix=prefix
+        ):
             if candidate.name == "gather" and setup.device == "cuda":
                 skipped[candidate.name] = "copies every list's keys: for processors"
                 continue

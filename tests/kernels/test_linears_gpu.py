@@ -90,7 +90,7 @@ def test_grouped_integers_multiply_on_a_gpu(group) -> None:
     from vivace.kernels.quant_linear.spec import Recipe
 
     layer = torch.nn.Linear(256, 96, device="cuda", dtype=torch.bfloat16)
-    recipe = Recipe("int4", "int4", group)
+    recipe = Recipe(weights="int4", activations="int4", group=group)
     x = draw(1, 70, 256)
     with torch.no_grad():
         want, got = (module.quantise(layer, recipe)(x) for module in (reference, int_mm))

@@ -206,3 +206,15 @@ def test_agrees_with_torchao(name) -> None:
         scale, values = mx.to_mx(x, kind, 32)
         assert torch.equal(scale.view(torch.uint8).view(16, -1), codes.scale)
     assert torch.equal(values.view(torch.uint8).view(16, -1), codes.values.view(torch.uint8))
+
+
+@pytest.mark.parametrize("name", sorted(LARGEST))
+def test_rounding_without_packing_is_the_same(name) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(9, 70, generator=generator) * torch.logspace(-3, 3, 9)[:, None]
+    ties = (
+        torch.arange(-56, 57).view(1, -1)[:, :70] / 8.0
+    )  # every half between two values of e2m1 and integers
+    for rows in (x, ties, torch.zeros(2, 70)):
+        want = dequantise(quantise(rows, name))
+        assert torch.equal(formats.rounded(rows, name), want)

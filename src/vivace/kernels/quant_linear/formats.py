@@ -108,8 +108,18 @@ def dequantise(codes: Codes) -> torch.Tensor:
 
 
 def rounded(x: torch.Tensor, name: str) -> torch.Tensor:
-    """Every row of x (M, K) to a format and back, with scales of its own: float32 (M, K)."""
-    return dequantise(quantise(x, name))
+    """Every row of x (M, K) to a format and back, with scales of its own: float32 (M, K).
+
+    The same bits as `dequantise(quantise(x, name))`, without packing.
+    """
+    blocks = _blocks(x.float(), width_of(name, x.shape[1]))
+    scale, outer = _scales(blocks.abs().amax(-1), name, False, False)
+    whole = decoded_scale(scale)[..., None]
+    step = whole if outer is None else whole * outer[..., None]
+    out = _nearest(torch.where(step > 0, blocks / step, 0.0), name) * whole
+    if outer is not None:
+        out = out * outer[..., None]
+    return out.flatten(1)[:, : x.shape[1]]
 
 
 def integers(x: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,6 +215,21 @@ def _encode(x: torch.Tensor, name: str) -> torch.Tensor:
     code = (a > 0.25).to(torch.uint8) + (a >= 0.75) + (a > 1.25) + (a >= 1.75)
     code = code + (a > 2.5) + (a >= 3.5) + (a > 5.0)
     return _pack(code | (torch.signbit(x).to(torch.uint8) << 3))
+
+
+def _nearest(x: torch.Tensor, name: str) -> torch.Tensor:
+    """Values in units of their scale to the values of their codes."""
+    top = LARGEST[name]
+    if name in INTEGER:
+        return x.round().clamp(-top, top)
+    x = x.clamp(-top, top)
+    if name not in HALF_BYTE:
+        return x.to(E4M3).float()
+    # Steps of 1/2 up to 2, of 1 up to 4, of 2 above. Rounding to even does what `_encode` does: 5 becomes 4, 2.5
+    # becomes 2, and so on, since even multiples of a step are even codes.
+    a = x.abs()
+    step = torch.where(a < 2.0, 0.5, torch.where(a < 4.0, 1.0, 2.0))
+    return (x / step).round() * step
 
 
 def _pack(codes: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ LEAST = 17
 
 
 class IntMatmulLinear(QuantLinear):
-    """See `spec`; integer weights and activations. The sum over a group of weights is exact, in int32."""
+    """See `spec`; integer weights and activations. Sums over a group of weights are exact, in int32 (GPUs: float32)."""
 
     backend = "int_mm"
 
@@ -41,14 +41,17 @@ class IntMatmulLinear(QuantLinear):
         groups = steps.shape[1]
         if groups == 1:
             out = torch._int_mm(codes, weight.t()) * steps[:, 0]
+        elif codes.device.type == "cuda":
+            # One product instead of one a group: float32 adds up what fewer bits could not, and rounding is what
+            # adding up the groups' sums costs too.
+            values = (weight.float().view(*steps.shape, -1) * steps[..., None]).flatten(1)
+            out = codes.float() @ values.t()
         else:
-            out = torch.zeros(codes.shape[0], weight.shape[0], device=codes.device)
+            out = torch.zeros(codes.shape[0], weight.shape[0])
             width = weight.shape[1] // groups
             parts = zip(codes.split(width, 1), weight.split(width, 1), steps.unbind(1), strict=True)
             for c, w, step in parts:
-                # cuBLAS takes the second operand by columns only; on a CPU rows are faster.
-                across = w.contiguous().t() if w.device.type == "cuda" else w.t().contiguous()
-                out = torch.addcmul(out, torch._int_mm(c.contiguous(), across).float(), step)
+                out = torch.addcmul(out, torch._int_mm(c.contiguous(), w.t().contiguous()).float(), step)
         return out[:rows] * scale
 
 

@@ -65,5 +65,8 @@ class Rotation(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """float32 (M, K) to float32 (M, K)."""
-        y = (x * self.signs).view(-1, self.left.shape[0], self.right.shape[0])
-        return (self.left @ (y @ self.right)).reshape(x.shape)
+        y = (x * self.signs).view(-1, self.left.shape[0], self.right.shape[0]) @ self.right
+        if x.device.type != "cuda":
+            return (self.left @ y).reshape(x.shape)
+        # From the left it is one small product a row there; from the right one large product.
+        return (y.mT.contiguous() @ self.left).mT.reshape(x.shape)
