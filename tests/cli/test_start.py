@@ -49,7 +49,7 @@ def test_help_is_quick():
 def test_help_names_every_command(vivace):
     ran = vivace("--help")
     assert ran.code == 0
-    for command in ("generate", "compare", "plan", "methods", "doctor"):
+    for command in ("generate", "compare", "plan", "methods", "doctor", "encode"):
         assert command in ran.out
 
 

@@ -19,11 +19,28 @@ from typing import Annotated, Any
 import typer
 
 import vivace
-from vivace.cli import bench, calibrate, compare, compare_records, doctor, generate, methods, plan, report
+from vivace.cli import (
+    bench,
+    calibrate,
+    compare,
+    compare_records,
+    doctor,
+    encode,
+    generate,
+    methods,
+    plan,
+    report,
+)
 from vivace.cli.shared.screen import fail
 from vivace.core.errors import VivaceError
 
-MAKE, MEASURE, KNOW, HERE = "Make videos", "Measure", "Plans and methods", "This machine"
+MAKE, TRAIN, MEASURE, KNOW, HERE = (
+    "Make videos",
+    "Train",
+    "Measure",
+    "Plans and methods",
+    "This machine",
+)
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 _USAGE: type[Exception] = typer.BadParameter.__mro__[1]
 """Base of every complaint about the command line itself."""
@@ -42,6 +59,7 @@ app = typer.Typer(
 )
 app.command("generate", rich_help_panel=MAKE)(generate.generate)
 app.command("compare", rich_help_panel=MAKE)(compare.compare)
+app.command("encode", rich_help_panel=TRAIN)(encode.encode)
 app.command("bench", rich_help_panel=MEASURE)(bench.bench)
 app.command("calibrate", rich_help_panel=MEASURE)(calibrate.calibrate)
 app.command("report", rich_help_panel=MEASURE)(report.report)
