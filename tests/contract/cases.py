@@ -18,6 +18,7 @@ WHOLE = (
     "radial",
     "solver",
     "student_checkpoint",
+    "student_sampler",
     "whole_clip_decode",
 )
 """Techniques that get every check in every run."""

@@ -61,3 +61,24 @@ def test_an_encoding_vae_in_training_decodes_itself(file):
         want = pipe.vae.decode(z).sample
         with accelerate(pipe, Plan([TinyDecode(path=str(file))])):
             assert torch.equal(pipe.vae.decode(z).sample, want)
+
+
+def test_the_packaged_decoder_is_nearly_as_good_as_the_full_one(tiny):
+    from vivace.models import tiny_decoder
+    from vivace.tiny.train.clips import ClipShape, to_model
+    from vivace.tiny.train.seeds import held_out
+    from vivace.tiny.whole_clip import encode_moments
+    from vivace.world import sample_scenes
+
+    video, _ = ClipShape(frames=9, height=64, width=64).draw(
+        sample_scenes(held_out("dev", 3)), torch.device("cpu")
+    )
+    clips, vae = to_model(video), tiny.vae.float()
+    small = tiny_decoder.load(tiny_decoder.find("embedded")).float()
+
+    def psnr(shown: torch.Tensor) -> float:
+        return float((10 * torch.log10(4.0 / (shown - clips).square().flatten(1).mean(1))).mean())
+
+    with torch.no_grad():
+        latents = encode_moments(vae, clips).chunk(2, dim=1)[0]
+        assert psnr(small(latents)) > psnr(vae.decode(latents).sample) - 1.5

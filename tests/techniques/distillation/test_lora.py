@@ -9,9 +9,12 @@ from torch import nn
 
 from vivace.core.errors import PlanError
 from vivace.models.describe import describe_pipeline
+from vivace.models.student import save_student
+from vivace.models.student_artifact import Artifact
 from vivace.plans.plan import Plan
 from vivace.plans.session import accelerate
 from vivace.techniques.distillation.lora import Lora
+from vivace.techniques.distillation.student import StudentCheckpoint
 from vivace.testing.models import CALL, pipeline
 
 RANK = 3
@@ -177,3 +180,52 @@ def test_the_same_lora_twice_is_refused(lora_file):
     twice = [Lora(path=str(lora_file)), Lora(path=str(lora_file))]
     found = Plan(twice).problems(describe_pipeline(pipeline("wan2.1")))
     assert [p.kind for p in found] == ["duplicate"]
+
+
+def test_a_lora_is_merged_after_the_checkpoint_whatever_the_order(lora_file, tmp_path):
+    pipe = pipeline("wan2.1")
+    base = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
+    generator = torch.Generator().manual_seed(4)
+    state = {k: v + 0.05 * torch.randn(v.shape, generator=generator) for k, v in base.items()}
+    path = save_student(tmp_path / "student.safetensors", state, base, Artifact())
+    student, lora = StudentCheckpoint(path=str(path)), Lora(path=str(lora_file))
+    ours = [latents(pipe, *both) for both in ((student, lora), (lora, student))]
+    with accelerate(pipe, Plan([student])):
+        state = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
+    pipe.transformer.load_state_dict(state)
+    merge(pipe.transformer, factors(pipe.transformer), 1.0)
+    expected = latents(pipe)
+    assert all(torch.allclose(found, expected, atol=1e-5) for found in ours)
+
+
+def test_the_names_of_the_models_own_code_and_whole_differences(tmp_path):
+    pipe, tensors = pipeline("wan2.1"), {}
+    own = {"attn1.to_q": "self_attn.q", "attn2.to_out.0": "cross_attn.o", "ffn.net.0.proj": "ffn.0"}
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        expected = pipeline("wan2.1")
+        for ours, theirs in own.items():
+            linear = expected.transformer.get_submodule(f"blocks.1.{ours}")
+            down = 0.3 * torch.randn(2, linear.in_features, generator=generator)
+            up = 0.3 * torch.randn(linear.out_features, 2, generator=generator)
+            bias = torch.randn(linear.out_features, generator=generator)
+            name = f"diffusion_model.blocks.1.{theirs}"
+            tensors |= {
+                f"{name}.lora_down.weight": down,
+                f"{name}.lora_up.weight": up,
+                f"{name}.diff_b": bias,
+            }
+            linear.weight += 0.5 * (up @ down)
+            linear.bias += 0.5 * bias
+        for ours, theirs in (("proj_out", "head.head"), ("blocks.0.norm2", "blocks.0.norm3")):
+            layer = expected.transformer.get_submodule(ours)
+            tensors[f"diffusion_model.{theirs}.diff"] = torch.randn(layer.weight.shape, generator=generator)
+            layer.weight += 0.5 * tensors[f"diffusion_model.{theirs}.diff"]
+    save_file(tensors, tmp_path / "lora.safetensors")
+    exact = latents(pipe)
+    assert torch.allclose(latents(pipe, Lora(path=str(tmp_path), scale=0.5)), latents(expected), atol=1e-5)
+    assert torch.equal(latents(pipe), exact)
+    save_file({"diffusion_model.head.head.diff": torch.zeros(3)}, tmp_path / "lora.safetensors")
+    assert "the update of proj_out is (3,)" in problem(Lora(path=str(tmp_path)), pipe)[1]
+    save_file({"blocks.0.attn1.to_q.alpha": torch.ones(())}, tmp_path / "lora.safetensors")
+    assert "only half" in problem(Lora(path=str(tmp_path)), pipe)[1]

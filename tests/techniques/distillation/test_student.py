@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,12 +10,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from vivace.calibration.artifact import model_hash
 from vivace.core.errors import PlanError, WeightsError
+from vivace.models import student as student_files
 from vivace.models.describe import describe_pipeline
+from vivace.models.pruned_file import base_hash
+from vivace.models.student import merge_students, save_student, student_tensors
 from vivace.plans.plan import Plan
 from vivace.plans.session import accelerate
 from vivace.techniques.distillation.artifact import Artifact, Sampler, architecture
-from vivace.techniques.distillation.student import StudentCheckpoint
+from vivace.techniques.distillation.student import StudentCheckpoint, plan_of
+from vivace.techniques.distillation.student_sampler import StudentSampler
 from vivace.techniques.trajectory.few_steps import FewSteps
 from vivace.techniques.trajectory.guidance_interval import GuidanceInterval
 from vivace.testing.models import CALL, pipeline
@@ -162,3 +168,133 @@ def test_the_sampler_it_was_trained_for_is_asked_for(tmp_path):
     student = write_student(tmp_path, pipe, sampler=Sampler(sigmas=(*even, 0.0)))
     assert problems(student, pipe, FewSteps(steps=4, shift=5.0)) == []
     assert [k for k, _, _ in problems(student, pipe)] == ["sigmas"]
+
+
+@pytest.mark.parametrize("store", ["int8-delta", "int8", "bf16", "lora:4"])
+def test_every_way_of_storing_runs_and_comes_back_bit_for_bit(store, tmp_path):
+    pipe = pipeline("wan2.1")
+    before = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
+    parameters = dict(pipe.transformer.named_parameters())
+    teacher = latents(pipe)
+    path = save_student(tmp_path / "s.safetensors", perturbed(pipe.transformer), before, Artifact(), store)
+    student = latents(pipe, StudentCheckpoint(path=str(path)))
+    assert all(torch.equal(before[k], v) for k, v in pipe.transformer.state_dict().items())
+    assert all(parameters[k] is v for k, v in pipe.transformer.named_parameters())
+    assert torch.equal(latents(pipe), teacher)
+    pipe.transformer.load_state_dict({k: v.float() for k, v in student_tensors([path], before.__getitem__)})
+    assert torch.equal(latents(pipe), student)
+    assert not torch.equal(student, teacher)
+    if store == "int8-delta":
+        pipe.transformer.load_state_dict(perturbed(pipeline("wan2.1").transformer))
+        assert (latents(pipe) - student).norm() < 0.05 * (teacher - student).norm()
+
+
+def test_a_delta_adds_to_a_base_in_bfloat16(tmp_path):
+    pipe = pipeline("wan2.1")
+    pipe.transformer.load_state_dict(
+        {k: v.bfloat16().float() for k, v in pipe.transformer.state_dict().items()}
+    )
+    base = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
+    path = save_student(tmp_path / "s.safetensors", perturbed(pipe.transformer), base, Artifact())
+    half = pipeline("wan2.1")
+    half.transformer.load_state_dict(base)
+    half.transformer.to(torch.bfloat16)
+    with accelerate(half, Plan([StudentCheckpoint(path=str(path))])):
+        found = {k: v.clone() for k, v in half.transformer.state_dict().items()}
+    expected = dict(student_tensors([path], base.__getitem__))
+    assert all(torch.equal(v, expected[k].bfloat16()) for k, v in found.items())
+
+
+def test_a_merged_student_runs(tmp_path):
+    pipe = pipeline("wan2.1")
+    base = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
+    states = [perturbed(pipe.transformer, seed) for seed in (1, 2)]
+    files = [save_student(tmp_path / f"{i}.safetensors", s, base, Artifact()) for i, s in enumerate(states)]
+    path = merge_students(files, [0.5, 0.5], tmp_path / "both.safetensors")
+    ours = latents(pipe, StudentCheckpoint(path=str(path)))
+    pipe.transformer.load_state_dict({k: (states[0][k] + states[1][k]) / 2 for k in base})
+    assert (latents(pipe) - ours).norm() < 0.05 * ours.norm()
+
+
+def test_a_delta_on_other_weights_is_refused_and_nothing_changes(tmp_path):
+    pipe, other = pipeline("wan2.1"), pipeline("wan2.1", seed=1)
+    state = pipe.transformer.state_dict()
+    path = save_student(tmp_path / "s.safetensors", perturbed(pipe.transformer), state, Artifact())
+    before = {k: v.clone() for k, v in other.transformer.state_dict().items()}
+    with pytest.raises(WeightsError, match="trained from other weights than those of WanPipeline"):
+        accelerate(other, Plan([StudentCheckpoint(path=str(path))]))
+    assert all(torch.equal(before[k], v) for k, v in other.transformer.state_dict().items())
+
+
+def test_the_teacher_that_it_names_is_asked_for(tmp_path):
+    pipe, other = pipeline("wan2.1"), pipeline("wan2.1", seed=1)
+    two = pipeline("wan2.2")
+    for teacher, good in (
+        (model_hash(pipe), pipe),
+        (base_hash(two.transformer), two),
+        (model_hash(two), two),
+    ):
+        state = perturbed(good.transformer)
+        path = save_student(tmp_path / "s.safetensors", state, None, Artifact(teacher=teacher), "int8")
+        technique = StudentCheckpoint(path=str(path))
+        accelerate(good, Plan([technique])).close()
+        with pytest.raises(WeightsError, match="from other weights"):
+            accelerate(other, Plan([technique]))
+    path = save_student(tmp_path / "s.safetensors", state, None, Artifact(teacher=model_hash(pipe)), "int8")
+    known = dataclasses.replace(describe_pipeline(other), weights=model_hash(other))
+    assert [p.kind for p in Plan([StudentCheckpoint(path=str(path))]).problems(known)] == ["teacher"]
+    known = dataclasses.replace(describe_pipeline(pipe), weights=model_hash(pipe))
+    assert Plan([StudentCheckpoint(path=str(path))]).problems(known) == []
+
+
+def test_an_architecture_named_inside_the_file_is_checked(tmp_path):
+    pipe = pipeline("wan2.1")
+    state = pipe.transformer.state_dict()
+    said = Artifact(base=architecture(pipe.transformer.config))
+    path = save_student(tmp_path / "s.safetensors", perturbed(pipe.transformer), state, said)
+    assert problems(StudentCheckpoint(path=str(path)), pipe) == []
+    [(kind, severity, _)] = problems(StudentCheckpoint(path=str(path)), pipeline("wan2.1", layers=2))
+    assert (kind, severity) == ("base", "error")
+
+
+def test_a_student_of_the_package_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(student_files, "students_folder", lambda: tmp_path / "students")
+    pipe = pipeline("wan2.1")
+    [(kind, _, message)] = problems(StudentCheckpoint(path="4-step"), pipe)
+    assert (kind, message.startswith("no student is called '4-step'")) == ("file", True)
+    sampler, base = Sampler(4, None, 5.0, 1.0, "consistency"), pipe.transformer.state_dict()
+    file = tmp_path / "students" / "4-step.safetensors"
+    save_student(file, perturbed(pipe.transformer), base, Artifact(sampler=sampler))
+    by_name = plan_of("4-step")
+    assert by_name == [
+        StudentCheckpoint(path="4-step"),
+        StudentSampler(steps=4, shift=5.0, solver="consistency"),
+    ]
+    assert problems(by_name[0], pipe, by_name[1]) == []
+    assert torch.equal(latents(pipe, *by_name), latents(pipe, *plan_of(str(file))))
+    [(_, _, message)] = problems(StudentCheckpoint(path="4-stepp"), pipe)
+    assert "did you mean 4-step" in message
+
+
+def test_the_line_to_add_is_told_and_silences_the_warnings(tmp_path):
+    pipe = pipeline("wan2.1")
+    for sampler, kinds in (
+        (Sampler(4, None, 5.0, 1.0, "consistency"), {"steps", "shift", "solver", "guidance"}),
+        (Sampler(3, (1.0, 0.757, 0.522), None, 1.0, "flow"), {"steps", "sigmas", "solver", "guidance"}),
+    ):
+        student = write_student(tmp_path, pipe, sampler=sampler)
+        found = problems(student, pipe)
+        assert {k for k, _, _ in found} == kinds
+        line = StudentSampler.of(sampler).line()
+        assert all(message.endswith(f"in the plan: {line}") for _, _, message in found)
+        assert problems(student, pipe, StudentSampler.of(sampler)) == []
+    found = problems(student, pipe, StudentSampler(steps=4, solver="consistency", guided=True))
+    assert {k for k, _, _ in found} == {"steps", "sigmas", "solver", "guidance"}
+
+
+def test_a_contract_that_no_sampler_can_keep_is_told(tmp_path):
+    pipe = pipeline("wan2.1")
+    student = write_student(tmp_path, pipe, sampler=Sampler(steps=400))
+    [(kind, severity, message)] = problems(student, pipe)
+    assert (kind, severity) == ("file", "error")
+    assert "student_sampler: steps must be from 1 to 50" in message

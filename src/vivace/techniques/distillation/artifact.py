@@ -1,76 +1,35 @@
-"""Weight files as they come: where they are, what is in them, what they were made for.
+"""Weight files as they come: where they are, what is in them, whether they fit.
 
-Only headers are read here, so that a plan can be refused before anything is loaded. The optional `artifact.json`
-beside the weights says how they were trained and how they must be sampled.
+Only headers are read here, so that a plan can be refused before anything is loaded. What a file says of its training
+and its sampling is in `vivace.models.student_artifact`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vivace.core.errors import WeightsError
 from vivace.models.adapter import ExpertDescription
+from vivace.models.student_artifact import Artifact, Sampler, architecture
 
-FILE = "artifact.json"
+__all__ = [
+    "Artifact",
+    "Sampler",
+    "Shapes",
+    "architecture",
+    "expected_shapes",
+    "meta_transformer",
+    "mismatch",
+    "opened",
+    "shapes_in",
+    "shapes_of",
+    "weight_files",
+]
+
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class Sampler:
-    """How a student must be sampled. None means that it does not matter."""
-
-    steps: int | None = None
-    sigmas: tuple[float, ...] | None = None
-    shift: float | None = None
-    guidance: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Artifact:
-    """What `artifact.json` says: the recipe, the architecture it belongs to (`architecture()`), the sampler."""
-
-    recipe: str = ""
-    base: str = ""
-    sampler: Sampler = field(default_factory=Sampler)
-
-    @classmethod
-    def beside(cls, path: Path) -> Artifact | None:
-        """The artefact that lies beside a weight file or in its folder; None when there is none.
-
-        Raises:
-            WeightsError: the file is damaged; the sentence names it.
-        """
-        file = (path if path.is_dir() else path.parent) / FILE
-        if not file.is_file():
-            return None
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-            sampler = dict(data.get("sampler") or {})
-            if sampler.get("sigmas") is not None:
-                sampler["sigmas"] = tuple(float(s) for s in sampler["sigmas"])
-            return cls(str(data.get("recipe", "")), str(data.get("base", "")), Sampler(**sampler))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise WeightsError(
-                f"{file} is not a valid artefact ({error}); mend it or take it away."
-            ) from None
-
-    def write(self, folder: Path) -> Path:
-        """Write `artifact.json` into a folder."""
-        file = folder / FILE
-        file.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        return file
-
-
-def architecture(config: Mapping[str, Any]) -> str:
-    """SHA-256 of a transformer's configuration without names and versions: equal for equal architectures."""
-    plain = {k: v for k, v in config.items() if not k.startswith("_")}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def weight_files(path: str, what: str) -> list[Path]:
@@ -119,16 +78,8 @@ def shapes_in(files: list[Path]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def tensors_in(files: list[Path]) -> Iterator[tuple[str, Any]]:
-    """Names and tensors, one at a time."""
-    for file in files:
-        with opened(file) as reader:
-            for key in reader.keys():  # noqa: SIM118
-                yield key, reader.get_tensor(key)
-
-
-def expected_shapes(expert: ExpertDescription) -> dict[str, tuple[int, ...]] | None:
-    """Shapes of a transformer's state, from its configuration on the meta device; None for an unknown class."""
+def meta_transformer(expert: ExpertDescription) -> Any:
+    """A transformer without storage, from its configuration; None for an unknown class."""
     import diffusers
     import torch
 
@@ -136,7 +87,12 @@ def expected_shapes(expert: ExpertDescription) -> dict[str, tuple[int, ...]] | N
         return None
     config = {k: v for k, v in expert.config.items() if not k.startswith("_")}
     with torch.device("meta"):
-        return shapes_of(cls.from_config(config))
+        return cls.from_config(config)
+
+
+def expected_shapes(expert: ExpertDescription) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of a transformer's state, from its configuration; None for an unknown class."""
+    return None if (module := meta_transformer(expert)) is None else shapes_of(module)
 
 
 def shapes_of(module: Any) -> dict[str, tuple[int, ...]]:
@@ -144,10 +100,14 @@ def shapes_of(module: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
-def mismatch(found: Shapes, expected: Shapes) -> str:
-    """Why a full set of weights does not fit, in words; empty when it does."""
+def mismatch(found: Shapes, expected: Shapes, *, partial: bool = False) -> str:
+    """Why weights do not fit, in words; empty when they do.
+
+    Args:
+        partial: what the file lacks is the model's own (a delta file).
+    """
     reasons = []
-    if missing := sorted(set(expected) - set(found)):
+    if not partial and (missing := sorted(set(expected) - set(found))):
         reasons.append(f"{_count(missing)} missing")
     if extra := sorted(set(found) - set(expected)):
         reasons.append(f"{_count(extra)} unknown to the model")

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 
 from vivace.core.errors import WeightsError
 from vivace.models.adapter import EXPERTS, ModelDescription
+from vivace.models.original_names import diffusers_layer
 from vivace.techniques.base import Card, Cite, Paradigm, Problem, Stage, Target, Technique, knob, shared
 from vivace.techniques.distillation.artifact import (
     Shapes,
@@ -20,6 +21,7 @@ from vivace.techniques.distillation.artifact import (
     shapes_of,
     weight_files,
 )
+from vivace.techniques.distillation.public import LORA, place_of
 
 NAME = "lora"
 
@@ -33,19 +35,29 @@ _SUFFIXES: Mapping[str, str] = {
     ".lora.down.weight": "down",
     ".lora.up.weight": "up",
     ".alpha": "alpha",
+    ".diff": "diff",
+    ".diff_b": "bias",
 }
-_PREFIXES = ("base_model.model.", "transformer.")
+_PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.")
 
 
 @dataclass(slots=True)
 class Pair:
-    """Tensor names of one layer's update: up (out, r) @ down (r, in), scaled by alpha / r."""
+    """Tensor names of one layer's update: up (out, r) @ down (r, in), scaled by alpha / r.
+
+    Beside or instead of the pair may stand `diff`, added to the weight as it is, and `bias`, added to the bias.
+    """
 
     names: dict[str, str] = field(default_factory=dict)
 
     @property
-    def whole(self) -> bool:
+    def factored(self) -> bool:
         return {"down", "up"} <= self.names.keys()
+
+    @property
+    def whole(self) -> bool:
+        half = self.names.keys() & {"down", "up", "alpha"}
+        return self.factored or (not half and bool(self.names))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +65,10 @@ class Lora(Technique):
     """W becomes W + scale * (alpha / r) * up @ down, computed in float32 and stored in W's own type.
 
     Reads what diffusers' `save_lora_weights` and peft write (`transformer.blocks.0.attn1.to_q.lora_A.weight`), with
-    or without prefix and `.alpha`, and the down/up names of other trainers. Names that begin with `transformer_2.`
-    go to the second expert. In bfloat16 a merged update below half a unit in the last place of W is lost.
+    or without prefix and `.alpha`, and the down/up names of other trainers, whole differences (`.diff`, `.diff_b`) and
+    layer names of the model's own code included. Names that begin with `transformer_2.` go to the second expert. A
+    student checkpoint of the same plan is loaded first. In bfloat16 a merged update below half a unit in the last place
+    of W is lost.
     """
 
     card: ClassVar[Card] = Card(
@@ -73,8 +87,10 @@ class Lora(Technique):
         ),
     )
 
+    order: ClassVar[int] = 1
+
     path: str = ""
-    """A .safetensors file, or a folder with one."""
+    """A .safetensors file, a folder with one, or the name of a public LoRA."""
     scale: float = knob(1.0, low=0.0, high=2.0, identity=0.0)
     """Strength of the update."""
     expert: str = knob("transformer", choices=EXPERTS)
@@ -96,9 +112,17 @@ class Lora(Technique):
         save_file(tensors, workdir / "lora.safetensors")
         return (cls(path=str(workdir / "lora.safetensors")),)
 
+    def files(self) -> list[Path]:
+        """The file or files.
+
+        Raises:
+            WeightsError: nothing is there; the sentence names the path.
+        """
+        return weight_files(place_of(self.path, "LoRA", LORA), "LoRA")
+
     def check(self, model: ModelDescription) -> list[Problem]:
         try:
-            files = weight_files(self.path, "LoRA")
+            files = self.files()
             found = shapes_in(files)
             where = files[0] if len(files) == 1 else files[0].parent
             problems = []
@@ -116,7 +140,7 @@ class Lora(Technique):
         return problems
 
     def apply(self, target: Target) -> None:
-        files = weight_files(self.path, "LoRA")
+        files = self.files()
         found = shapes_in(files)
         modules = {e.name: e.module for e in target.experts}
         sources = dict(_sources(files))
@@ -150,10 +174,13 @@ class Lora(Technique):
 
     def _address(self, name: str) -> tuple[str, str]:
         """(expert, path of the layer in it)."""
-        name = name.removeprefix(_PREFIXES[0])
+        for prefix in _PREFIXES[:2]:
+            name = name.removeprefix(prefix)
         if name.startswith("transformer_2."):
-            return "transformer_2", name.removeprefix("transformer_2.")
-        return self.expert, name.removeprefix(_PREFIXES[1])
+            expert, name = "transformer_2", name.removeprefix("transformer_2.")
+        else:
+            expert, name = self.expert, name.removeprefix(_PREFIXES[2])
+        return expert, diffusers_layer(name) or name
 
     def _merge(
         self,
@@ -170,11 +197,16 @@ class Lora(Technique):
         for part, key in pair.names.items():
             with opened(sources[key]) as reader:
                 parts[part] = reader.get_tensor(key).to(device=linear.weight.device, dtype=torch.float32)
-        rank = parts["down"].shape[0]
-        strength = parts["alpha"].item() / rank if "alpha" in parts else alphas.strength(layer, rank)
-        update = (self.scale * strength) * (parts["up"] @ parts["down"])
-        merged = (linear.weight.float() + update).to(linear.weight.dtype)
-        target.edit.weight(linear, "weight", merged, keep="host")
+        update = parts.get("diff", torch.zeros(()))
+        if pair.factored:
+            rank = parts["down"].shape[0]
+            strength = parts["alpha"].item() / rank if "alpha" in parts else alphas.strength(layer, rank)
+            update = update + strength * (parts["up"] @ parts["down"])
+        for leaf, added in (("weight", update), ("bias", parts.get("bias"))):
+            if added is not None and added.ndim:
+                there = getattr(linear, leaf)
+                merged = (there.float() + self.scale * added).to(there.dtype)
+                target.edit.weight(linear, leaf, merged, keep="host")
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,13 +245,17 @@ def _sources(files: list[Path]) -> Iterator[tuple[str, Path]]:
 
 def misfit(pairs: Mapping[str, Pair], found: Shapes, expected: Shapes) -> str:
     """Why updates do not fit a transformer, in words; empty when they do."""
-    unknown = sorted(layer for layer in pairs if f"{layer}.weight" not in expected)
-    if unknown:
-        return f"the model has no layer {unknown[0]}" + (
-            f" ({len(unknown)} such)" if len(unknown) > 1 else ""
-        )
     for layer, pair in pairs.items():
-        up, down, weight = found[pair.names["up"]], found[pair.names["down"]], expected[f"{layer}.weight"]
-        if len(up) != 2 or len(down) != 2 or up[1] != down[0] or (up[0], down[1]) != weight:
-            return f"the update of {layer} is {up} @ {down} and its weight {weight}"
+        for part, leaf in (("up", "weight"), ("diff", "weight"), ("bias", "bias")):
+            if part in pair.names and f"{layer}.{leaf}" not in expected:
+                number = sum(f"{other}.{leaf}" not in expected for other in pairs)
+                return f"the model has no layer {layer}" + (f" ({number} such)" if number > 1 else "")
+    for layer, pair in pairs.items():
+        if pair.factored:
+            up, down, weight = found[pair.names["up"]], found[pair.names["down"]], expected[f"{layer}.weight"]
+            if len(up) != 2 or len(down) != 2 or up[1] != down[0] or (up[0], down[1]) != weight:
+                return f"the update of {layer} is {up} @ {down} and its weight {weight}"
+        for part, leaf in (("diff", "weight"), ("bias", "bias")):
+            if part in pair.names and (given := found[pair.names[part]]) != expected[f"{layer}.{leaf}"]:
+                return f"the update of {layer} is {given} and its {leaf} {expected[f'{layer}.{leaf}']}"
     return ""

@@ -7,30 +7,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from vivace.core.errors import WeightsError
-from vivace.models.adapter import EXPERTS, ModelDescription
+from vivace.core.errors import ConfigError, WeightsError
+from vivace.models.adapter import EXPERTS, Expert, ModelDescription
+from vivace.models.student_artifact import Artifact, Sampler, architecture
 from vivace.techniques.base import Card, Cite, Paradigm, Problem, Stage, Target, Technique, exclusive, knob
 from vivace.techniques.distillation.artifact import (
-    Artifact,
-    architecture,
-    expected_shapes,
+    meta_transformer,
     mismatch,
-    shapes_in,
     shapes_of,
-    tensors_in,
     weight_files,
 )
+from vivace.techniques.distillation.contract import unmet
+from vivace.techniques.distillation.lora import Lora
+from vivace.techniques.distillation.public import CHECKPOINT, LORA, place_of, public
+from vivace.techniques.distillation.student_sampler import StudentSampler
 
 NAME = "student_checkpoint"
+_SECOND = "second_time."
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentCheckpoint(Technique):
-    """Load a full set of transformer weights, in diffusers' naming, from safetensors.
+    """Load a student's transformer weights, in diffusers' naming, from safetensors.
 
-    A folder with `transformer/` and `transformer_2/` in it brings weights for both experts of a pipeline. The
-    teacher's weights wait in main memory and come back bit for bit. An `artifact.json` beside the weights may name
-    the architecture they belong to and the sampler they were trained for; both are checked.
+    The file holds all weights, or what the student adds to this very base, as `vivace.models.student` writes them. A
+    folder with `transformer/` and `transformer_2/` in it brings weights for both experts of a pipeline. The teacher's
+    weights wait in main memory and come back bit for bit. The artefact in the file, or `artifact.json` beside it, may
+    name the architecture, the teacher's weights and the sampler that they were trained for; all are checked. A flow
+    map's second time embedding is laid over the transformer's own.
     """
 
     card: ClassVar[Card] = Card(
@@ -50,7 +54,8 @@ class StudentCheckpoint(Technique):
     )
 
     path: str = ""
-    """A .safetensors file, a folder of its shards, or a folder with one such folder for each expert."""
+    """A .safetensors file, a folder of its shards, a folder with one such folder for each expert, or a student's name:
+    one that comes with the package or a public one."""
     expert: str = knob("transformer", choices=EXPERTS)
     """The transformer that weights without an expert's folder belong to."""
 
@@ -59,15 +64,21 @@ class StudentCheckpoint(Technique):
         import torch
         from safetensors.torch import save_file
 
+        from vivace.models.student import save_student
+
         generator = torch.Generator().manual_seed(0)
+        base = pipeline.transformer.state_dict()
         state = {
             k: v + 0.05 * torch.randn(v.shape, generator=generator).to(v)
             if v.is_floating_point()
             else v.clone()
-            for k, v in pipeline.transformer.state_dict().items()
+            for k, v in base.items()
         }
         save_file({k: v.contiguous() for k, v in state.items()}, workdir / "student.safetensors")
-        return (cls(path=str(workdir / "student.safetensors")),)
+        delta = save_student(workdir / "delta.safetensors", state, base, Artifact())
+        return (cls(path=str(workdir / "student.safetensors")), cls(path=str(delta)))
+
+    # -- what lies at the path ------------------------------------------------------------------------------------
 
     def files(self) -> dict[str, list[Path]]:
         """Weight files by expert.
@@ -75,16 +86,72 @@ class StudentCheckpoint(Technique):
         Raises:
             WeightsError: nothing is there; the sentence names the path.
         """
-        place = Path(self.path).expanduser()
-        nested = {e: place / e for e in EXPERTS if self.path and (place / e).is_dir()}
+        found = place_of(self.path, "student", CHECKPOINT)
+        place = Path(found).expanduser()
+        nested = {e: place / e for e in EXPERTS if found and (place / e).is_dir()}
         if nested:
             return {e: weight_files(str(folder), "student") for e, folder in nested.items()}
-        return {self.expert: weight_files(self.path, "student")}
+        return {self.expert: weight_files(found, "student")}
+
+    def artifact(self) -> Artifact | None:
+        """What is known of the student; None when that is nothing.
+
+        Raises:
+            WeightsError: there is no such student, or what it says is damaged.
+        """
+        if (student := public(self.path)) is not None:
+            return student.artifact
+        place = place_of(self.path, "student", CHECKPOINT)
+        return Artifact.of(Path(place).expanduser()) if place else None
+
+    def contract(self) -> StudentSampler | None:
+        """The technique that samples it as it was trained; None where nothing is said of that.
+
+        Raises:
+            WeightsError: as `artifact`, or no sampler can do what it says.
+        """
+        artifact = self.artifact()
+        if artifact is None or artifact.sampler == Sampler():
+            return None
+        try:
+            return StudentSampler.of(artifact.sampler)
+        except ConfigError as error:
+            raise WeightsError(f"the student asks for a sampler that there cannot be: {error}") from None
+
+    @property
+    def brings_second_time(self) -> bool:
+        """Whether it is a flow map, with an embedding of how far a step goes."""
+        try:
+            return any(k.startswith(_SECOND) for files in self.files().values() for k in self._shapes(files))
+        except WeightsError:
+            return False
+
+    def _shapes(self, files: list[Path]) -> dict[str, tuple[int, ...]]:
+        from vivace.models.student import student_shapes
+
+        return {k: v for k, v in student_shapes(files).items() if not self._ignored(k)}
+
+    def _ignored(self, name: str) -> bool:
+        """Whether a tensor is of no use outside the code that a public student was trained with."""
+        student = public(self.path)
+        return student is not None and any(part in name for part in student.ignore)
+
+    def _misfit(self, files: list[Path], module: Any) -> str:
+        """Why weights do not fit a transformer, live or without storage, in words; empty when they do."""
+        from vivace.models import second_time
+        from vivace.models.student import read_head
+
+        found, expected = self._shapes(files), shapes_of(module)
+        if any(k.startswith(_SECOND) for k in found):
+            expected |= second_time.shapes(module)
+        return mismatch(found, expected, partial=any(read_head(f).is_delta for f in files))
+
+    # -- before anything is loaded --------------------------------------------------------------------------------
 
     def check(self, model: ModelDescription) -> list[Problem]:
         problems = []
         try:
-            artifact = Artifact.beside(Path(self.path).expanduser()) if self.path else None
+            artifact, _ = self.artifact(), self.contract()
             for name, files in self.files().items():
                 problems += self._check_expert(model, name, files, artifact)
         except WeightsError as error:
@@ -101,64 +168,118 @@ class StudentCheckpoint(Technique):
             return
         if artifact is not None and artifact.base and artifact.base != architecture(expert.config):
             yield self.problem(
-                "base",
-                f"{where} was made for another architecture than {model.name} (see its artifact.json).",
+                "base", f"{where} was made for another architecture than {model.name} (see its artefact)."
             )
             return
-        expected = expected_shapes(expert)
-        if expected is not None and (reason := mismatch(shapes_in(files), expected)):
+        # A description knows the hash of the whole pipeline alone, which says nothing of one expert of two.
+        if artifact is not None and len(model.experts) == 1 and _strange(artifact, model.weights):
+            yield self.problem("teacher", _stranger(where, model.name))
+        module = meta_transformer(expert)
+        if module is not None and (reason := self._misfit(files, module)):
             yield self.problem("shapes", f"{where} does not fit {model.name}: {reason}.")
 
     def check_beside(self, model: ModelDescription, others: tuple[Technique, ...]) -> list[Problem]:
         """Warnings where the plan does not sample the student as it was trained."""
         try:
-            artifact = Artifact.beside(Path(self.path).expanduser()) if self.path else None
+            artifact, contract = self.artifact(), self.contract()
         except WeightsError:
             return []  # told by `check`
-        if artifact is None:
-            return []
-        wants, out = artifact.sampler, []
-        planned = (getattr(t, "steps", None) for t in others)
-        steps = next((s for s in planned if s), model.defaults.get("num_inference_steps", 50))
-        if wants.steps is not None and steps != wants.steps:
-            message = f"the student was trained for {wants.steps} steps and the plan makes {steps}; "
-            out.append(self.problem("steps", message + f"add few_steps(steps={wants.steps})", "warning"))
-        shifts = [s for t in others if (s := getattr(t, "shift", None)) is not None]
-        has = shifts[0] if shifts else model.scheduler.get("flow_shift", model.scheduler.get("shift"))
-        if wants.shift is not None and has != wants.shift:
-            message = f"the student was trained with shift {wants.shift:g} and the plan has {has}; "
-            out.append(self.problem("shift", message + f"add few_steps(shift={wants.shift:g})", "warning"))
-        shift = 1.0 if has is None else has
-        if wants.sigmas is not None and not _same_levels(wants.sigmas, shift):
-            levels = ", ".join(f"{s:g}" for s in wants.sigmas)
+        out = []
+        if artifact is not None and contract is not None:
+            line = contract.line()
+            for kind, what in unmet(artifact.sampler, model, others):
+                message = f"the student {what}; in the plan: {line}"
+                out.append(self.problem(kind, message, "warning"))
+        student = public(self.path)
+        owned = any(c.resource == "attention.kernel" for t in others for c in t.claims(model))
+        if student is not None and student.attention and not owned:
             message = (
-                f"the student was trained at the noise levels {levels}, which no shift of the plan makes"
+                f"the student was trained with {student.attention} attention, and the plan runs it dense"
             )
-            out.append(self.problem("sigmas", message, "warning"))
-        guides = model.workload().guidance > 1.0
-        owned = any(c.resource == "guidance.branches" for t in others for c in t.claims(model))
-        if wants.guidance is not None and wants.guidance <= 1.0 and guides and not owned:
-            message = "the student needs no guidance; call it with guidance_scale=1 or add guidance_interval(high=0)"
-            out.append(self.problem("guidance", message, "warning"))
+            out.append(self.problem("attention", message, "warning"))
         return out
 
+    # -- on a live pipeline ---------------------------------------------------------------------------------------
+
     def apply(self, target: Target) -> None:
-        modules = {e.name: e.module for e in target.experts}
+        from vivace.models import second_time
+        from vivace.models.student import student_tensors
+
+        experts, artifact = {e.name: e for e in target.experts}, self.artifact()
         for name, files in self.files().items():
-            module = modules[name]
-            if reason := mismatch(shapes_in(files), shapes_of(module)):
+            self._check_base(target, experts[name], files, artifact)
+        for name, files in self.files().items():
+            module = experts[name].module
+            if reason := self._misfit(files, module):
                 raise WeightsError(f"{files[0]} does not fit {name}: {reason}.")
-            for key, tensor in tensors_in(files):
-                _put(target, module, key, tensor)
+            extra = {}
+            for key, tensor in student_tensors(files, lambda key, m=module: _tensor(m, key)):
+                if key.startswith(_SECOND):
+                    extra[key.removeprefix(_SECOND)] = tensor
+                elif not self._ignored(key):
+                    _put(target, module, key, tensor)
+            if extra:
+                second_time.install(target.edit, module, extra)
+
+    def _check_base(
+        self, target: Target, expert: Expert, files: list[Path], artifact: Artifact | None
+    ) -> None:
+        """Refuse weights that were made from others than the model's, where those can be known.
+
+        Raises:
+            WeightsError: they were.
+        """
+        from vivace.calibration.artifact import model_hash
+        from vivace.models.pruned_file import base_hash
+        from vivace.models.student import read_head, weights_hash
+
+        bases = {head.base for f in files if (head := read_head(f)).is_delta}
+        known = not any(p.is_meta for p in expert.module.parameters())
+        if bases and not known:
+            raise WeightsError(
+                f"{files[0]} holds what a student adds to its base, whose weights are not in memory (offloaded?)."
+            )
+        if bases and bases != {weights_hash(expert.module.state_dict())}:
+            raise WeightsError(_stranger(files[0], target.model.name))
+        teacher = "" if artifact is None else artifact.teacher
+        if teacher and known and teacher != base_hash(expert.module):
+            modules = (e.module for e in target.experts)
+            whole = target.model_hash
+            if not whole and not any(p.is_meta for m in modules for p in m.parameters()):
+                whole = model_hash(target.pipeline)
+            if whole and teacher != whole:
+                raise WeightsError(_stranger(files[0], target.model.name))
 
 
-def _same_levels(sigmas: tuple[float, ...], shift: float) -> bool:
-    """Whether noise levels (with or without a final 0) are the uniform ones under a shift, to one part in 1000."""
-    levels = [s for s in sigmas if s > 0.0]
-    even = [1.0 - i / len(levels) for i in range(len(levels))]
-    return all(
-        abs(shift * e / (1.0 + (shift - 1.0) * e) - s) < 2e-3 for e, s in zip(even, levels, strict=True)
-    )
+def plan_of(path: str) -> list[Technique]:
+    """A student and the sampler of its contract, ready for a plan; alone where nothing is said of sampling.
+
+    Args:
+        path: as `StudentCheckpoint.path`, or the name of a public LoRA.
+
+    Raises:
+        WeightsError: what the student says is damaged.
+    """
+    student = public(path)
+    if student is not None and student.kind == LORA:
+        return [Lora(path=path, expert=student.expert), StudentSampler.of(student.artifact.sampler)]
+    checkpoint = StudentCheckpoint(path=path, expert=student.expert if student else EXPERTS[0])
+    contract = checkpoint.contract()
+    return [checkpoint] if contract is None else [checkpoint, contract]
+
+
+def _strange(artifact: Artifact, weights: str) -> bool:
+    return bool(artifact.teacher and weights) and artifact.teacher != weights
+
+
+def _stranger(where: Path, model: str) -> str:
+    return f"{where} was trained from other weights than those of {model}; load the base that it names, or train one."
+
+
+def _tensor(module: Any, key: str) -> Any:
+    """One tensor of a module's state dict."""
+    path, _, leaf = key.rpartition(".")
+    return getattr(module.get_submodule(path), leaf)
 
 
 def _put(target: Target, module: Any, key: str, tensor: Any) -> None:
