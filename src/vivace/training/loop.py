@@ -28,6 +28,7 @@ def train(
     stop_after: int | None = None,
     look_every: int = 5,
     told: Mapping[str, Callable[[], Any]] | None = None,
+    enough: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Train until the budget is spent; its clock starts now.
 
@@ -40,6 +41,7 @@ def train(
         stop_after: updates after which to stop as an interruption would, with a checkpoint (for tests).
         look_every: updates after which the device is waited for and the clock read, where the budget is in minutes.
         told: further columns of the curve and the progress lines.
+        enough: asked after every update; the run ends where it says so.
 
     Returns:
         `steps`, `seconds`, `finished` (whether the budget is spent), `curve_columns` and `curve`, whose losses are
@@ -60,6 +62,8 @@ def train(
         elif step % look_every == 0:
             total.item()  # waits for the device, which keeps the clock honest
             progress = processes.agree(budget.progress(step))
+        if enough is not None and enough():
+            progress = 1.0
         now = time.perf_counter()
         if progress >= 1.0 or now - line > LINE_EVERY:
             more = {name: value() for name, value in told.items()}

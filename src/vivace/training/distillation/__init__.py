@@ -1,0 +1,1 @@
+"""Step distillation: the roles, the recipes, the trainer and the run of `vivace distill`."""

@@ -1,0 +1,149 @@
+"""Distribution matching: DMD2, and along trajectories, TDM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vivace.training.distillation.recipe import Recipe, Told, Turn
+from vivace.training.losses.adversarial import non_saturating_discriminator, non_saturating_generator
+from vivace.training.losses.distribution import (
+    backward_simulation,
+    distribution_matching_loss,
+    fake_score_loss,
+    interval_score_loss,
+    student_turn,
+    times_between,
+    trajectory_matching_loss,
+)
+from vivace.training.losses.paths import clean_from_velocity, euler_step, interpolate
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributionMatching(Recipe):
+    """DMD2 (arXiv:2405.14867): the teacher's distribution at the student's own samples, and a discriminator.
+
+    The student runs its own steps up to one drawn at random (backward simulation) and learns at that one. The critic
+    learns in every update, the student in one of `ratio`. The discriminator reads the critic's hidden states.
+
+    Attributes:
+        ratio: updates of the critic for one of the student.
+        gan: weight of the discriminator; 0 leaves it alone.
+    """
+
+    name: ClassVar[str] = "dmd2"
+    paper: ClassVar[str] = "2405.14867"
+    summary: ClassVar[str] = "distribution matching with a critic, backward simulation and a discriminator"
+    solver: ClassVar[str] = "consistency"
+    roles: ClassVar[frozenset[str]] = frozenset({"critic", "head"})
+    ratio: int = 4
+    gan: float = 0.01
+    rate: float = 5e-5
+    critic_rate: float = 2e-4
+
+    def turns(self, update: int) -> tuple[str, ...]:
+        """The critic always, the student after it once in `ratio` updates."""
+        return ("critic", "student") if student_turn(update, self.ratio) else ("critic",)
+
+    def student(self, turn: Turn) -> tuple[Tensor, Told]:
+        """DMD's surrogate on its own clips, and the discriminator's opinion."""
+        assert turn.team.critic is not None
+        clean = own_clips(self, turn)
+        s, noise = turn.times(), turn.chance.normal(clean)
+        loss, told = distribution_matching_loss(
+            clean, turn.team.guided(turn.batch, self.guidance), turn.team.critic.velocity(turn.text), s, noise
+        )
+        if self.gan:
+            fooled = non_saturating_generator(turn.team.judge(turn.batch)(interpolate(clean, noise, s), s)[1])
+            loss, told = loss + self.gan * fooled, told | {"fooled": fooled.detach()}
+        return loss, told
+
+    def critic(self, turn: Turn) -> tuple[Tensor, Told]:
+        """Flow matching on the student's clips; real clips against them."""
+        return critic_of_samples(self, turn, self.gan)
+
+
+def own_clips(recipe: Recipe, turn: Turn) -> Tensor:
+    """Clips of the student's own sampling up to a step drawn at random, with gradient through that step."""
+    noise, times = turn.chance.normal(turn.clean), recipe.levels(turn.team.shift)
+    x, s, _, _ = backward_simulation(turn.velocity, noise, times, generator=turn.chance)
+    return clean_from_velocity(x, turn.velocity(x, s), s)
+
+
+def critic_of_samples(recipe: Recipe, turn: Turn, gan: float) -> tuple[Tensor, Told]:
+    """The critic's flow matching on the student's clips, with the discriminator's loss where `gan` is not 0."""
+    assert turn.team.critic is not None
+    with torch.no_grad():
+        made = own_clips(recipe, turn)
+    s, noise = turn.times(), turn.chance.normal(made)
+    if not gan:
+        return fake_score_loss(turn.team.critic.velocity(turn.text), made, s, noise), {}
+    judge = turn.team.judge(turn.batch)
+    logits: list[Tensor] = []
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        v, answer = judge(x, t)
+        logits.append(answer)
+        return v
+
+    score = fake_score_loss(velocity, made, s, noise)
+    real = judge(interpolate(turn.clean, noise, s), s)[1]
+    told = non_saturating_discriminator(real, logits[0])
+    return score + gan * told, {"score": score.detach(), "discriminator": told.detach()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrajectoryMatching(Recipe):
+    """TDM (arXiv:2503.06674): every point of the student's own deterministic trajectory has the teacher's distribution.
+
+    It differs: the critic's target is the unbiased one of Phased DMD (arXiv:2510.27684); one step is trained a turn.
+
+    Attributes:
+        ratio: updates of the critic for one of the student.
+    """
+
+    name: ClassVar[str] = "tdm"
+    paper: ClassVar[str] = "2503.06674"
+    summary: ClassVar[str] = "distribution matching at every point of the student's deterministic trajectory"
+    solver: ClassVar[str] = "flow"
+    roles: ClassVar[frozenset[str]] = frozenset({"critic"})
+    ratio: int = 4
+    rate: float = 5e-5
+
+    def turns(self, update: int) -> tuple[str, ...]:
+        """The critic always, the student after it once in `ratio` updates."""
+        return ("critic", "student") if student_turn(update, self.ratio) else ("critic",)
+
+    def student(self, turn: Turn) -> tuple[Tensor, Told]:
+        """One step of the trajectory, drawn at random."""
+        assert turn.team.critic is not None
+        return trajectory_matching_loss(
+            turn.velocity,
+            turn.team.guided(turn.batch, self.guidance),
+            turn.team.critic.velocity(turn.text),
+            turn.chance.normal(turn.clean),
+            self.levels(turn.team.shift),
+            steps=[turn.chance.below(self.steps)],
+            generator=turn.chance,
+        )
+
+    def critic(self, turn: Turn) -> tuple[Tensor, Told]:
+        """The velocity field of the ends of the student's steps."""
+        assert turn.team.critic is not None
+        with torch.no_grad():
+            x, s, r, _ = backward_simulation(
+                turn.velocity,
+                turn.chance.normal(turn.clean),
+                self.levels(turn.team.shift),
+                mode="ode",
+                generator=turn.chance,
+            )
+            end = euler_step(x, turn.velocity(x, s), s, r)
+        late = times_between(r, s, generator=turn.chance)
+        return (
+            interval_score_loss(turn.team.critic.velocity(turn.text), end, r, late, turn.chance.normal(end)),
+            {},
+        )

@@ -1,0 +1,241 @@
+"""The networks of a distillation: teacher, student, critic and discriminator, as the callables that objectives take.
+
+The teacher is the pipeline's own transformer, frozen and in the type it runs in. Student and critic (the model of the
+student's clips that distribution matching needs) start as copies in float32 and compute in bf16 on GPUs. A
+discriminator reads the critic's hidden states, where there is a critic, or those of a copy of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vivace.core.errors import ConfigError
+from vivace.models import second_time
+from vivace.training.data.samples import Batch
+from vivace.training.losses.adversarial import DiscriminatorHead
+from vivace.training.losses.paths import FlowMap, Velocity, guided
+from vivace.training.pruning_repair import tapped
+
+SCALE = 1000.0
+"""Transformers take times from 0 to this."""
+Seen = Callable[[Tensor, Tensor], tuple[Tensor, list[Tensor]]]
+"""(x, s) -> velocity and hidden states (B, N, C)."""
+
+
+class Network:
+    """A transformer as a velocity field, a flow map, or something whose hidden states are looked at.
+
+    Args:
+        module: takes `hidden_states`, `timestep` and `encoder_hidden_states`.
+        mixed: compute in bf16 under autocast (weights in float32 on a GPU).
+        lists: attributes of the module that hold its blocks; `layers`: numbers of the blocks that are looked at.
+    """
+
+    def __init__(
+        self, module: Any, *, mixed: bool = False, lists: Iterable[str] = (), layers: Iterable[int] = ()
+    ) -> None:
+        self.module, self.mixed = module, mixed
+        self.lists, self.layers = list(lists), list(layers)
+
+    def velocity(self, text: Tensor) -> Velocity:
+        """v (x, s) with captions (B, L, D)."""
+        return lambda x, s: self._call(x, s, text)
+
+    def flow_map(self, text: Tensor) -> FlowMap:
+        """u (x, s, r) of a student with a second time, with captions (B, L, D)."""
+        second = second_time.of(self.module)
+        if second is None:
+            raise ConfigError("this network has no second time embedding, so it is no flow map.")
+
+        def call(x: Tensor, s: Tensor, r: Tensor) -> Tensor:
+            second.gap = s - r
+            return self._call(x, s, text)
+
+        return call
+
+    def seen(self, text: Tensor) -> Seen:
+        """Velocity and hidden states (x, s), with captions (B, L, D)."""
+
+        def call(x: Tensor, s: Tensor) -> tuple[Tensor, list[Tensor]]:
+            with tapped(self.module, self.lists, self.layers) as states:
+                velocity = self._call(x, s, text)
+                return velocity, list(states)
+
+        return call
+
+    def _call(self, x: Tensor, s: Tensor, text: Tensor) -> Tensor:
+        kind = torch.float32 if self.mixed else self.module.dtype
+        with self._precision(x):
+            return self.module(
+                hidden_states=x.to(kind),
+                timestep=SCALE * s,
+                encoder_hidden_states=text.to(kind),
+                return_dict=False,
+            )[0].float()
+
+    def _precision(self, x: Tensor) -> AbstractContextManager[Any]:
+        return torch.autocast(x.device.type, torch.bfloat16) if self.mixed else nullcontext()
+
+
+@dataclass
+class Team:
+    """Who takes part.
+
+    Attributes:
+        student: learns. `eager` is the same weights without compiled blocks, in float32, for derivatives.
+        teacher: frozen.
+        critic: models the student's clips; None where no recipe needs it.
+        head: of the discriminator, on the critic's hidden states.
+        empty: caption embeddings (L, D) of the empty prompt.
+        guidance: of the teacher.
+        shift: of the teacher's times.
+    """
+
+    student: Network
+    eager: Network
+    teacher: Network
+    critic: Network | None
+    head: DiscriminatorHead | None
+    empty: Tensor
+    guidance: float
+    shift: float
+
+    def guided(self, batch: Batch, scale: float | None = None) -> Velocity:
+        """The teacher under guidance, one call for both prompts; no gradient."""
+        text, scale = batch["text"], self.guidance if scale is None else scale
+        plain = self.teacher.velocity(text)
+        both = self.teacher.velocity(torch.cat([text, self.empty.to(text).expand_as(text)]))
+
+        @torch.no_grad()
+        def velocity(x: Tensor, s: Tensor) -> Tensor:
+            if scale == 1.0:
+                return plain(x, s)
+            return guided(*both(torch.cat([x, x]), torch.cat([s, s])).chunk(2), scale)
+
+        return velocity
+
+    def judge(self, batch: Batch) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """(x, s) -> the critic's velocity and the discriminator's logits."""
+        if self.critic is None or self.head is None:
+            raise ConfigError("this team has no discriminator.")
+        look, head = self.critic.seen(batch["text"]), self.head
+
+        def call(x: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+            velocity, states = look(x, s)
+            return velocity, head([state.float() for state in states])
+
+        return call
+
+    def learners(self) -> dict[str, list[nn.Module]]:
+        """Modules that learn, by role."""
+        found: dict[str, list[nn.Module]] = {"student": [self.student.module]}
+        if self.critic is not None:
+            found["critic"] = [self.critic.module, *([self.head] if self.head is not None else [])]
+        return found
+
+
+def tied(module: Any) -> Any:
+    """A copy of a module whose parameters are the module's own, without what is compiled."""
+    parameters = dict(module.named_parameters())
+    twin = copy.deepcopy(module, {id(p): p for p in parameters.values()})
+    for part in twin.modules():
+        part._compiled_call_impl = None
+    return twin
+
+
+def assemble(
+    transformer: Any,
+    lists: Mapping[str, Any],
+    roles: frozenset[str],
+    *,
+    empty: Tensor,
+    guidance: float,
+    shift: float,
+    device: torch.device,
+    lora: int = 0,
+    checkpointing: bool = False,
+    compiled: bool = False,
+) -> Team:
+    """The team that a recipe needs.
+
+    Args:
+        transformer: the teacher, float32.
+        lists: block-list attributes -> their blocks.
+        roles: of `critic`, `head`, `second_time`.
+        lora: rank of the student's and critic's LoRA layers; 0 trains all weights.
+        checkpointing: recompute blocks in backward passes.
+        compiled: compile the blocks.
+    """
+    mixed = device.type == "cuda"
+    count = sum(len(blocks) for blocks in lists.values())
+    # A quarter, the half and three quarters of the way: texture, objects, scene.
+    layers = sorted({max(0, count * k // 4 - 1) for k in (2, 3, 4)})
+
+    def learner() -> Any:
+        module = copy.deepcopy(transformer).float().to(device).train()
+        module.requires_grad_(True)
+        if lora:
+            _add_lora(module, lora)
+        if checkpointing:
+            module.enable_gradient_checkpointing()
+        return module
+
+    student = learner()
+    if "second_time" in roles:
+        second_time.attach(student)
+    twin = tied(student)
+    critic = learner() if "critic" in roles else None
+    head = None
+    if "head" in roles:
+        width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+        head = DiscriminatorHead(width, len(layers)).to(device)
+    teacher = copy.deepcopy(transformer).to(device, torch.bfloat16 if mixed else torch.float32)
+    teacher.eval().requires_grad_(False)
+    if compiled:
+        torch._dynamo.config.recompile_limit = 64
+        for module in (student, teacher, critic):
+            if module is not None:
+                module.compile_repeated_blocks(fullgraph=not lora and not checkpointing, dynamic=False)
+    look = {"lists": list(lists), "layers": layers}
+    return Team(
+        student=Network(student, mixed=mixed),
+        eager=Network(twin),
+        teacher=Network(teacher),
+        critic=None if critic is None else Network(critic, mixed=mixed, **look),
+        head=head,
+        empty=empty.to(device),
+        guidance=guidance,
+        shift=shift,
+    )
+
+
+def _add_lora(module: Any, rank: int) -> None:
+    """LoRA layers (arXiv 2106.09685) on all linear layers of the blocks; the rest is frozen. Starts without effect."""
+    from peft import LoraConfig
+
+    names = [
+        name
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Linear) and any(piece.isdigit() for piece in name.split("."))
+    ]
+    module.requires_grad_(False)
+    module.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=names, init_lora_weights=True))
+
+
+def merged_state(module: Any) -> dict[str, Tensor]:
+    """A network's state dict with LoRA layers added into their weights, names as without them."""
+    from peft.tuners.lora import Linear
+
+    state = {k.replace(".base_layer.", "."): v for k, v in module.state_dict().items() if ".lora_" not in k}
+    for name, part in module.named_modules():
+        if isinstance(part, Linear):
+            key = f"{name}.weight"
+            state[key] = state[key] + part.get_delta_weight("default").to(state[key])
+    return state
