@@ -62,11 +62,6 @@ def cases(capability: int) -> Iterator[tuple[str, Callable[[], object]]]:
 
             fast = functools.partial(hopper.forward, q, k, v, routes, 0.1, extra)
             yield f"block_attention hopper {label}", fast
-            if block == 64:
-                from vivace.kernels.block_attention import hopper_lanes
-
-                lanes = functools.partial(hopper_lanes.forward, q, k, v, routes, 0.1, extra)
-                yield f"block_attention hopper_lanes {label}", lanes
     if capability >= 90:  # FP8 products began a generation before
         yield from low_bit(capability == 90)
     for mass in (0.0, 0.9):

@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 LAYOUTS = ("B H S D", "B S H D")
-LSE = {"hopper": 2e-2, "hopper_lanes": 2e-2, "triton": 2e-2, "gather": 6e-2}
+LSE = {"hopper": 2e-2, "triton": 2e-2, "gather": 6e-2}
 """Largest error of log-sum-exps. The gathered kernel's scores come out of a matrix product in the dtype of its inputs:
 rounded to bfloat16, a score of 16 is off by up to 0.03 before anything is summed."""
 FP8 = 8e-3
@@ -53,7 +53,7 @@ def able(name: str, block: int, dim: int, op: str = OP, **more: str) -> bool:
     return next(c for c in candidates(op) if c.name == name).refuse(context) is None
 
 
-@pytest.mark.parametrize("backend", ["hopper", "hopper_lanes", "triton", "gather"])
+@pytest.mark.parametrize("backend", ["hopper", "triton", "gather"])
 @pytest.mark.parametrize(("block", "dim"), [(64, 64), (64, 128), (128, 64), (128, 128)])
 def test_forward_is_the_references(backend, block, dim) -> None:
     if not able(backend, block, dim):

@@ -185,17 +185,6 @@ def refuse_hopper(context: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _refuse_lanes(context: Mapping[str, Any]) -> str | None:
-    """Why three lanes cannot run: what `hopper` needs, and blocks of 64."""
-    if reason := refuse_hopper(context):
-        return reason
-    return None if context.get("block", 64) == 64 else f"its blocks have 64 tokens, not {context['block']}"
-
-
-def _avoid_lanes(context: Mapping[str, Any]) -> str | None:
-    return "it has been built and not run on a GPU yet: by name only"
-
-
 def _capability() -> tuple[int, int] | None:
     import torch
 
@@ -203,7 +192,6 @@ def _capability() -> tuple[int, int] | None:
 
 
 register(OP, Candidate("hopper", refuse_hopper, _load("hopper")))
-register(OP, Candidate("hopper_lanes", _refuse_lanes, _load("hopper_lanes"), _avoid_lanes))
 register(OP, Candidate("triton", refuse_triton, _load("triton"), avoid_interpreted))
 register(OP, Candidate("gather", _never, _load("gather")))
 register(OP, Candidate("reference", _never, _load("reference")))
