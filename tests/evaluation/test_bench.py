@@ -144,7 +144,7 @@ def test_a_killed_bench_goes_on_where_it_was(task, whole, records, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         bench(task, tmp_path, ["steps=2"], kill).run()
-    assert Store(tmp_path).records() == []
+    assert [r.contender.name for r in Store(tmp_path).records()] == ["exact"]
     made = {f: f.stat().st_mtime_ns for f in tmp_path.glob("work/*/*/[0-9]*.json")}
     assert len(made) == 3
     outcome = bench(task, tmp_path, ["steps=2"]).run()
@@ -153,6 +153,18 @@ def test_a_killed_bench_goes_on_where_it_was(task, whole, records, tmp_path):
     job, _ = whole
     assert job.store.samples(records["steps=2"]) == Store(tmp_path).samples(again)
 
+
+def test_what_is_finished_is_recorded_before_a_kill(task, tmp_path):
+    def killed(name, done, total):
+        if name == "steps=2" and done > 0 and len(Store(tmp_path).records()) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench(task, tmp_path, ["steps=2", "floor"], killed, limit=1).run()
+    assert {r.contender.name for r in Store(tmp_path).records()} == {"exact", "steps=2"}
+    outcome = bench(task, tmp_path, ["steps=2", "floor"], limit=1).run()
+    assert set(outcome.records) == {"exact", "steps=2", "floor"}
+    assert len(Store(tmp_path).records()) == 3
 
 def test_a_contender_that_comes_later_gets_the_baseline_made_again(task, whole):
     job, _ = whole

@@ -184,7 +184,7 @@ class Bench:
             self._quality()
         self._cost()
         for contender in self.contenders:
-            if contender.name not in self.outcome.failed:
+            if contender.name not in self.outcome.failed and contender.name not in self.outcome.records:
                 self._record(contender)
         if not self.options.keep_frames and not self.outcome.failed:
             shutil.rmtree(self.work / "baseline", ignore_errors=True)
@@ -219,7 +219,17 @@ class Bench:
         for done, (name, why) in enumerate(self._shards(first, missing), 1):
             if why:
                 self.outcome.failed[name] = why
+            elif self._only_quality:
+                # What is finished is kept even if the rest is killed.
+                contender = next(c for c in self.contenders if c.name == name)
+                if all(job.done(contender, n) for n in range(len(job.shards(contender)))):
+                    self._record(contender)
             self.watch(name, done, total)
+
+    @property
+    def _only_quality(self) -> bool:
+        """Whether records wait for no other measurement."""
+        return not (self.options.timing or self.options.memory or self.options.energy)
 
     def _shards(
         self, first: Sequence[tuple[Contender, int]], rest: Sequence[tuple[Contender, int]]
@@ -316,6 +326,13 @@ class Bench:
             # Half a contender would be measured on other prompts than the rest.
             self.outcome.failed[contender.name] = f"{len(done)} of {wanted} shards are made; run it again."
             return
+        note = self.job.folder(contender) / "record.txt"
+        if self._only_quality and note.is_file():
+            known = note.read_text(encoding="utf-8")
+            if (self.store.path / "records" / f"{known}.json").is_file():
+                # Of the same work, before an interruption.
+                self.outcome.records[contender.name] = known
+                return
         shards = [Shard.load(self.job.folder(contender), n) for n in done]
         timing = self._timing.get(contender.name)
         if not shards and timing is None:
@@ -354,6 +371,8 @@ class Bench:
             ),
         )
         self.outcome.records[contender.name] = self.store.add(record, samples)
+        if self._only_quality and shards:
+            note.write_text(self.outcome.records[contender.name], encoding="utf-8")
 
     @property
     def _partial(self) -> str:
