@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -20,14 +19,7 @@ from vivace.training.chance import Chance
 from vivace.training.data.samples import Batch
 from vivace.training.distillation.team import Team
 from vivace.training.losses.motion import motion_emphasis, motion_weights
-from vivace.training.losses.paths import (
-    FlowMap,
-    Velocity,
-    clean_from_velocity,
-    euler_step,
-    interpolate,
-    shifted_times,
-)
+from vivace.training.losses.paths import Velocity, interpolate, shifted_times
 
 Told = dict[str, Tensor]
 
@@ -142,29 +134,27 @@ class Recipe(ABC):
 
 
 @torch.no_grad()
-def sample(
-    team: Team, recipe: Recipe, noise: Tensor, text: Tensor, chance: Chance | None = None, student: Any = None
-) -> Tensor:
-    """Latents (B, C, T, H, W) that a student makes of noise, as the artefact's sampler would.
+def sample(team: Team, recipe: Recipe, noise: Tensor, text: Tensor, student: Any = None) -> Tensor:
+    """Latents (B, C, T, H, W) that a student makes of noise, by the scheduler that will sample the finished one.
+
+    Fresh noise between steps depends on a sample's own first noise, so that samples do not depend on the batch.
 
     Args:
-        chance: of fresh noise between steps, where the solver wants some.
+        noise: (B, C, T, H, W). text: captions (B, L, D).
         student: a network in the place of the team's student.
     """
+    from vivace.models.student_scheduler import StudentScheduler
+
     network = team.student if student is None else student
-    chance = chance or Chance(noise.device, 0, 0, "sample")
-    times = recipe.levels(team.shift).to(noise.device)
-    x = noise.float()
-    velocity = None if recipe.solver == "flow_map" else network.velocity(text)
-    for s, r in pairwise(times):
+    told = recipe.sampler(team.shift)
+    scheduler = StudentScheduler(solver=told.solver or "flow", levels=told.levels())
+    scheduler.set_timesteps(told.steps)
+    x, levels = noise.float(), scheduler.sigmas.to(noise.device)
+    for time, s, r in zip(scheduler.timesteps, levels[:-1], levels[1:], strict=True):
         s, r = s.expand(len(x)), r.expand(len(x))
-        if velocity is None:
-            flow: FlowMap = network.flow_map(text)
-            x = euler_step(x, flow(x, s, r), s, r)
-        elif recipe.solver == "consistency":
-            x = clean_from_velocity(x, velocity(x, s), s)
-            if float(r[0]) > 0.0:
-                x = interpolate(x, chance.normal(x), r)
+        if told.solver == "flow_map":
+            velocity = network.flow_map(text)(x, s, r)
         else:
-            x = euler_step(x, velocity(x, s), s, r)
+            velocity = network.velocity(text)(x, s)
+        x = scheduler.step(velocity, time, x, return_dict=False)[0]
     return x

@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from vivace.calibration.artifact import model_hash
-from vivace.core.errors import ConfigError
-from vivace.models import pruning
-from vivace.models.student import STORES, read_head, save_student, student_tensors
+from vivace.core.digest import tensors_digest
+from vivace.core.errors import ConfigError, WeightsError
+from vivace.models import pruning, second_time
+from vivace.models.student import EXTRA, STORES, read_head, save_student, student_tensors, weights_hash
 from vivace.models.student_artifact import Artifact, architecture
 from vivace.tiny.train.clips import ClipShape
-from vivace.tiny.train.common import (
-    Budget,
-    Processes,
-    load_checkpoint,
-    machine,
-    save_checkpoint,
-    write_json,
-)
+from vivace.tiny.train.common import Budget, Processes, load_checkpoint, machine, write_json
+from vivace.training.chance import Chance
 from vivace.training.data.encoding import Encoder
 from vivace.training.data.samples import MemorySet, Samples
 from vivace.training.data.shards import LatentShards
-from vivace.training.data.sources import TeacherSource, WorldSource
+from vivace.training.data.sources import Source, TeacherSource, WorldSource
 from vivace.training.distillation.recipe import Recipe
 from vivace.training.distillation.team import Team, assemble
 from vivace.training.distillation.trainer import DistillationTrainer
 from vivace.training.distillation.validation import Validation
+from vivace.training.distillation.watch import Watch
+from vivace.training.distillation.weights import full_precision, wear
 from vivace.training.loop import train
+from vivace.training.losses.derivative import derivative_gap
+from vivace.training.losses.paths import interpolate
 from vivace.training.subject import load_model
 
 PORTION = 32
 """Clips rendered and encoded at a time."""
+GAP = 0.1
+"""Largest disagreement of a forward-mode derivative with differences: see `losses.derivative.derivative_gap`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +54,11 @@ class Choices:
         size: frames, height, width. batch: clips of an update in each process.
         minutes, steps: of training; `steps` (updates) wins.
         lora: rank; 0 trains all weights. store: see `vivace.models.student.STORES`.
+        fsdp: spread weights, gradients and optimizers over the processes (see `sharding`); nothing in one process.
         init: a student file to start from.
-        validate_every: seconds between validations; 0 for the end alone. patience: validations without a better
-            accuracy after which to stop; 0 never stops. captions: of a validation.
+        validate_every: seconds between validations of the averaged weights; 0 for the end alone.
+        patience: validations without a better accuracy after which to stop; 0 never stops.
+        captions: of a validation.
     """
 
     out: Path
@@ -68,6 +74,7 @@ class Choices:
     lora: int = 0
     checkpointing: bool = False
     compile: bool = False
+    fsdp: bool = False
     store: str = "int8-delta"
     init: Path | None = None
     save_every: float = 120.0
@@ -78,10 +85,14 @@ class Choices:
     def __post_init__(self) -> None:
         if self.out.suffix != ".safetensors":
             raise ConfigError(f"--out is the student file and ends in .safetensors, unlike {self.out}.")
-        if self.store.split(":")[0] not in {s.split(":")[0] for s in STORES}:
+        if self.store not in STORES[:-1] and not re.fullmatch("lora:[1-9][0-9]*", self.store):
             raise ConfigError(f"a student is stored as {', '.join(STORES)}, not {self.store}.")
         if self.batch < 1 or (self.minutes if self.steps is None else self.steps) <= 0:
             raise ConfigError("nothing to train: give a batch of 1 or more, and minutes or steps above 0.")
+        if min(self.clips, self.captions) < 1 or self.lora < 0:
+            raise ConfigError("clips and captions are 1 or more, and the rank of LoRA layers is 0 or more.")
+        if self.patience and not self.validate_every:
+            raise ConfigError("patience counts validations; give seconds between them too (validate_every).")
 
 
 def run(
@@ -93,13 +104,44 @@ def run(
         VivaceError: the model, the data or a checkpoint do not fit.
     """
     device, started = processes.device, time.perf_counter()
+    checkpoint = choices.out.with_suffix(".ckpt")
+    spread = choices.fsdp and processes.world > 1
+    derivative = getattr(recipe, "derivative", None)
+    if spread and derivative == "jvp":
+        raise ConfigError(
+            f"{recipe.name} takes forward-mode derivatives, which spread weights do not have; leave fsdp, or ask for "
+            "derivative=difference."
+        )
+    # Into main memory: whole tensors of spread weights and optimizers need not fit into one GPU.
+    state = load_checkpoint(checkpoint, replace(processes, device=torch.device("cpu")))
+    if processes.agree(float(state is not None)) != float(state is not None):
+        raise ConfigError(f"{checkpoint} must be on storage that all processes see.")
     pipeline, adapter = load_model(choices.model)
     identity = model_hash(pipeline)
     base = {k: v.detach().clone() for k, v in pipeline.transformer.state_dict().items()}
     pipeline.to(device)
     shape = ClipShape(frames=choices.size[0], height=choices.size[1], width=choices.size[2])
     encoder = Encoder(pipeline, device)
-    data = gather(recipe, choices, encoder, shape, processes)
+    data, origin = gather(
+        recipe, choices, encoder, shape, processes, state["data"]["clips"] if state else None
+    )
+    settings = {
+        "recipe": recipe.name,
+        "recipe settings": recipe.settings(),
+        "teacher": identity,
+        "data": origin,
+        "init": digest(choices.init) if choices.init else None,
+        "batch": choices.batch,
+        "seed": choices.seed,
+        "lora": choices.lora,
+        "processes": processes.world,
+    }
+    settings = json.loads(json.dumps(settings))
+    if state is not None and (wrong := [k for k, v in settings.items() if state["settings"].get(k) != v]):
+        raise ConfigError(
+            f"{checkpoint} is of a run with another {wrong[0]}; delete it, or give another --out, to start afresh."
+        )
+    pipeline.transformer.to("cpu")  # the team has its own
     anatomy = pruning.anatomy(adapter, pipeline.transformer)
     workload = encoder.model.workload()
     shift = float(
@@ -116,42 +158,41 @@ def run(
         lora=choices.lora,
         checkpointing=choices.checkpointing,
         compiled=choices.compile,
+        full=derivative == "difference",
+        seed=choices.seed,
+        shards=processes if spread else None,
     )
     if choices.init is not None:
         start_from(team, choices.init, base)
     trainer = DistillationTrainer(processes, team, recipe, data, batch=choices.batch, seed=choices.seed)
-    settings = json.dumps(
-        [
-            recipe.name, recipe.settings(), identity, data.hash,
-            choices.batch, choices.seed, choices.lora, processes.world,
-        ],
-        sort_keys=True,
-    )  # fmt: skip
-    checkpoint = choices.out.with_suffix(".ckpt")
-    state = load_checkpoint(checkpoint, processes)
     if state is not None:
-        if state["settings"] != settings:
-            raise ConfigError(
-                f"{checkpoint} is of a run with other settings; delete it, or give another --out, to start afresh."
-            )
         trainer.load_state_dict(state["trainer"])
-    watch = Watch(choices, recipe, trainer, Validation(encoder, shape, choices.captions), processes, state)
+    gap = check_derivative(team, data, choices.seed) if derivative == "jvp" else None
+    watch = Watch(
+        choices,
+        recipe,
+        trainer,
+        Validation(encoder, shape, choices.captions),
+        processes,
+        {"settings": settings, "data": {"clips": len(data), "hash": data.hash}},
+        state,
+        stop_after=stop_after,
+    )
     prepared = time.perf_counter() - started
     processes.say(f"{len(data)} clips and a team for {recipe.name} after {prepared:.0f} s")
+    # Whoever stopped because it was enough, and was interrupted before the file was written, has nothing to add.
+    steps = state["step"] if state is not None and watch.enough() else choices.steps
     fitted = train(
         watch.update,
-        lambda kept: save_checkpoint(
-            checkpoint,
-            kept | {"settings": settings, "trainer": trainer.state_dict(), "watch": watch.state()},
-        ),
-        Budget(choices.minutes, choices.steps),
+        watch.save,
+        Budget(choices.minutes, steps),
         processes,
         state,
-        save_every=choices.save_every,
+        save_every=0.0 if trainer.sharded else choices.save_every,
         stop_after=stop_after,
         enough=watch.enough,
     )
-    if not processes.leads or (stop_after is not None and not fitted["finished"]):
+    if stop_after is not None and not fitted["finished"]:
         return fitted
     student = trainer.averaged()
     artifact = Artifact(
@@ -161,134 +202,121 @@ def run(
         settings=recipe.settings(),
         teacher=identity,
         data=data.hash,
-        provenance={"paper": recipe.paper, "updates": fitted["steps"], "seconds": fitted["seconds"]},
+        provenance={"paper": recipe.paper, "updates": fitted["steps"]},
     )
-    save_student(choices.out, student, {k: v.cpu() for k, v in base.items()}, artifact, choices.store)
-    trainer.average.store()
-    final = watch.validation(team, recipe, choices.out.with_suffix(".png"))
+    if processes.leads:
+        save_student(choices.out, student, base, artifact, choices.store)
+    processes.agree(0.0)  # the file is there
+    # What is validated at the end is what was written, with the rounding of its storage.
+    start_from(team, choices.out, base)
+    final = watch.validation(team, recipe, choices.out.with_suffix(".png") if processes.leads else None)
     record = {
         "machine": machine() | {"processes": processes.world},
         "recipe": recipe.name,
+        "paper": recipe.paper,
         "settings": recipe.settings(),
-        "choices": {k: v for k, v in vars(choices).items() if k not in ("out", "data", "init")},
-        "init": choices.init.name if choices.init else None,
+        "choices": {k: v for k, v in vars(choices).items() if k not in ("out", "data", "init", "model")},
+        "model": choices.model if choices.model == "tiny" else Path(choices.model).name,
+        "init": {"file": choices.init.name, "sha256": settings["init"]} if choices.init else None,
         "teacher": identity,
         "data": {"clips": len(data), "hash": data.hash},
+        "sampler": asdict(artifact.sampler),
         "prepared_seconds": round(prepared, 1),
+        "derivative_gap": gap,
         "validation": final,
         "validations": watch.history,
         "bytes": choices.out.stat().st_size,
+        "weights": tensors_digest(sorted(load_file(choices.out).items())).hex()[:16],
         **fitted,
     }  # fmt: skip
-    write_json(choices.out.with_suffix(".json"), record)
-    checkpoint.unlink(missing_ok=True)
+    if processes.leads:
+        write_json(choices.out.with_suffix(".json"), record)
+        checkpoint.unlink(missing_ok=True)
     processes.say(f"accuracy {final['accuracy']:.4f}; wrote {choices.out}, {record['bytes'] / 1e6:.1f} MB")
     return record
 
 
-class Watch:
-    """Curve on disk and validation while a run goes on; stops it early where it no longer gets better."""
-
-    def __init__(
-        self,
-        choices: Choices,
-        recipe: Recipe,
-        trainer: DistillationTrainer,
-        validation: Validation,
-        processes: Processes,
-        state: dict[str, Any] | None,
-    ) -> None:
-        self.choices, self.recipe, self.trainer = choices, recipe, trainer
-        self.validation, self.processes = validation, processes
-        self.history: list[dict[str, float]] = state["watch"]["history"] if state else []
-        self.curve = choices.out.with_suffix(".curve.jsonl")
-        self.seen = self.line = time.perf_counter()
-        if state is None and processes.leads:
-            self.curve.parent.mkdir(parents=True, exist_ok=True)
-            self.curve.unlink(missing_ok=True)
-        self.writer = board(choices.out.with_suffix(".board")) if processes.leads else None
-
-    def update(self, update: int, progress: float) -> torch.Tensor:
-        """An update, and what is due after it."""
-        loss = self.trainer.update(update, progress)
-        now = time.perf_counter()
-        if self.processes.leads and now - self.line > 5.0:
-            self._write(update, self.trainer.diagnostics())
-            self.line = now
-        every = self.choices.validate_every
-        if every and self.processes.agree(now - self.seen) > every:
-            sheet = self.choices.out.with_suffix(f".{update}.png")
-            found = self.validation(self.trainer.team, self.recipe, sheet if self.processes.leads else None)
-            self.history.append({"update": update} | found)
-            self._write(update, {f"validation.{k}": v for k, v in found.items()})
-            self.processes.say(f"update {update}: accuracy {found['accuracy']:.4f}")
-            self.seen = time.perf_counter()
-        return loss
-
-    def state(self) -> dict[str, Any]:
-        """What a resumed run needs."""
-        return {"history": self.history}
-
-    def enough(self) -> bool:
-        """Whether accuracy has not risen for as many validations as `patience` says."""
-        if not self.choices.patience or not self.history:
-            return False
-        best = max(range(len(self.history)), key=lambda i: self.history[i]["accuracy"])
-        return len(self.history) - 1 - best >= self.choices.patience
-
-    def _write(self, update: int, values: dict[str, float]) -> None:
-        if not self.processes.leads:
-            return
-        with self.curve.open("a") as file:
-            file.write(json.dumps({"update": update} | {k: round(v, 6) for k, v in values.items()}) + "\n")
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(name.replace(".", "/"), value, update)
-            self.writer.flush()
-
-
-def board(folder: Path) -> Any:
-    """TensorBoard's writer where it is installed, else None; the curve is in a JSON-lines file in either case."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # pyright: ignore[reportPrivateImportUsage]
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder))
-
-
 def gather(
-    recipe: Recipe, choices: Choices, encoder: Encoder, shape: ClipShape, processes: Processes
-) -> Samples:
-    """The data: from a folder, or rendered now; the same in every process."""
+    recipe: Recipe,
+    choices: Choices,
+    encoder: Encoder,
+    shape: ClipShape,
+    processes: Processes,
+    made: int | None = None,
+) -> tuple[Samples, str]:
+    """The data, the same in every process, and what they are: a folder's hash, or what clips are rendered from.
+
+    Rendered clips are not told by their values, which differ by roundings where a GPU chooses other kernels.
+
+    Args:
+        made: clips that an interrupted run had; so many are made again, however long it takes.
+    """
     if choices.data is not None:
         found = LatentShards.open(choices.data, encoder.pipeline, any_teacher="noise" not in recipe.fields)
         small = found.bytes < 2 * 1024**3 and encoder.device.type == "cuda"
-        return found.load(encoder.device, recipe.fields) if small else found
+        return (found.load(encoder.device, recipe.fields) if small else found), found.hash
     if "noise" in recipe.fields:
-        source: Any = TeacherSource(encoder, shape, seed=choices.seed)
+        source: Source = TeacherSource(encoder, shape, seed=choices.seed)
     else:
         source = WorldSource(encoder, shape)
     parts, started, limit = [], time.perf_counter(), 60.0 * choices.data_minutes
-    for start in range(0, choices.clips, PORTION):
-        parts.append(source.portion(start, min(start + PORTION, choices.clips)))
-        if processes.agree(time.perf_counter() - started) > limit:
-            processes.say(f"{start + PORTION} clips made in {limit:.0f} s, no more")
+    clips = choices.clips if made is None else made
+    for start in range(0, clips, PORTION):
+        parts.append(source.portion(start, min(start + PORTION, clips)))
+        if made is None and processes.agree(time.perf_counter() - started) > limit:
+            processes.say(f"{min(start + PORTION, clips)} clips made in {limit:.0f} s, no more")
             break
     fields = {name: torch.cat([p[name] for p in parts]).to(encoder.device) for name in recipe.fields}
-    return MemorySet(fields, source.empty())
+    data = MemorySet(fields, source.empty())
+    told = json.dumps(source.head(len(data), PORTION).key() | {"samples": len(data)}, sort_keys=True)
+    return data, hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def start_from(team: Team, file: Path, base: dict[str, torch.Tensor]) -> None:
-    """Put a student file's weights into the student.
+    """Put a student file's weights into the student; what a delta does not name is the base's. LoRA layers start anew.
 
     Raises:
         WeightsError: the file does not fit.
     """
-    read_head(file)
+    head = read_head(file)
+    if head.is_delta and head.base != weights_hash(base):
+        raise WeightsError(f"{file} holds what a student adds to other weights than this model's.")
     module = team.student.module
-    own = module.state_dict()
-    tensors = dict(student_tensors([file], lambda name: base[name].cpu()))
-    with torch.no_grad():
-        for name, value in tensors.items():
-            if name in own:
-                own[name].copy_(value.to(own[name]))
+    found = student_tensors([file], lambda name: base.get(name, torch.zeros(())))
+    tensors = base | dict(found)
+    if wrong := sorted(k for k, v in base.items() if tensors[k].shape != v.shape):
+        raise WeightsError(f"{wrong[0]} has another shape in {file} than in this model.")
+    if strange := sorted(wear(module, tensors.items())):
+        flow = all(name.startswith(EXTRA) for name in strange)
+        why = "is of a flow map, and this recipe trains none" if flow else "is of another architecture"
+        raise WeightsError(f"{file} {why}: the student has no {strange[0]}.")
+
+
+def check_derivative(team: Team, data: Samples, seed: int) -> float:
+    """How far forward-mode derivatives of the student are from differences, at two clips; the same in every process.
+
+    Raises:
+        ConfigError: too far, or an operation has none.
+    """
+    rows = data.rows(range(min(2, len(data))), ("latents", "text"))
+    clean, text = (rows[k].to(team.empty.device) for k in ("latents", "text"))
+    chance = Chance(clean.device, seed, 0, "derivative")
+    noise, s = chance.normal(clean), 0.25 + 0.5 * chance.uniform(clean)
+    f = team.eager.velocity(text)
+    if second_time.of(team.eager.module) is not None:
+        flow_map, end = team.eager.flow_map(text), 0.5 * s
+        f = lambda x, t: flow_map(x, t, end)  # noqa: E731
+    with full_precision():
+        gap = derivative_gap(f, interpolate(clean, noise, s), s, noise - clean.float())
+    if not gap <= GAP:
+        raise ConfigError(
+            f"forward-mode derivatives of this network are off by {gap:.2f} against differences: an operation of it "
+            "drops them without an error; ask for derivative=difference."
+        )
+    return round(gap, 6)
+
+
+def digest(file: Path) -> str:
+    """sha256 of a file, 64 hex digits."""
+    with file.open("rb") as reader:
+        return hashlib.file_digest(reader, "sha256").hexdigest()

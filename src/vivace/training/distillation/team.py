@@ -8,8 +8,8 @@ discriminator reads the critic's hidden states, where there is a critic, or thos
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from vivace.core.errors import ConfigError
 from vivace.models import second_time
+from vivace.tiny.train.common import Processes
 from vivace.training.data.samples import Batch
+from vivace.training.distillation.sharding import shard, sharded
+from vivace.training.distillation.weights import add_lora, full_precision, lower, seeded, tied
 from vivace.training.losses.adversarial import DiscriminatorHead
 from vivace.training.losses.paths import FlowMap, Velocity, guided
 from vivace.training.pruning_repair import tapped
@@ -35,13 +38,20 @@ class Network:
     Args:
         module: takes `hidden_states`, `timestep` and `encoder_hidden_states`.
         mixed: compute in bf16 under autocast (weights in float32 on a GPU).
+        full: compute in float32 whatever is around, without TF32: for derivatives by differences.
         lists: attributes of the module that hold its blocks; `layers`: numbers of the blocks that are looked at.
     """
 
     def __init__(
-        self, module: Any, *, mixed: bool = False, lists: Iterable[str] = (), layers: Iterable[int] = ()
+        self,
+        module: Any,
+        *,
+        mixed: bool = False,
+        full: bool = False,
+        lists: Iterable[str] = (),
+        layers: Iterable[int] = (),
     ) -> None:
-        self.module, self.mixed = module, mixed
+        self.module, self.mixed, self.full = module, mixed, full
         self.lists, self.layers = list(lists), list(layers)
 
     def velocity(self, text: Tensor) -> Velocity:
@@ -66,7 +76,12 @@ class Network:
         def call(x: Tensor, s: Tensor) -> tuple[Tensor, list[Tensor]]:
             with tapped(self.module, self.lists, self.layers) as states:
                 velocity = self._call(x, s, text)
-                return velocity, list(states)
+                found = list(states)
+            if sharded(self.module):
+                # FSDP gathers what is in no block when a gradient of the module's own output arrives; see to that.
+                link = 0.0 * velocity.sum()
+                found = [state + link.to(state) for state in found]
+            return velocity, found
 
         return call
 
@@ -80,8 +95,17 @@ class Network:
                 return_dict=False,
             )[0].float()
 
-    def _precision(self, x: Tensor) -> AbstractContextManager[Any]:
-        return torch.autocast(x.device.type, torch.bfloat16) if self.mixed else nullcontext()
+    @contextmanager
+    def _precision(self, x: Tensor) -> Iterator[None]:
+        device = x.device.type
+        if self.mixed:
+            with torch.autocast(device, torch.bfloat16):
+                yield
+        elif self.full:
+            with torch.autocast(device, enabled=False), full_precision():
+                yield
+        else:
+            yield
 
 
 @dataclass
@@ -117,7 +141,8 @@ class Team:
         def velocity(x: Tensor, s: Tensor) -> Tensor:
             if scale == 1.0:
                 return plain(x, s)
-            return guided(*both(torch.cat([x, x]), torch.cat([s, s])).chunk(2), scale)
+            cond, uncond = both(torch.cat([x, x]), torch.cat([s, s])).chunk(2)
+            return guided(cond, uncond, scale)
 
         return velocity
 
@@ -141,15 +166,6 @@ class Team:
         return found
 
 
-def tied(module: Any) -> Any:
-    """A copy of a module whose parameters are the module's own, without what is compiled."""
-    parameters = dict(module.named_parameters())
-    twin = copy.deepcopy(module, {id(p): p for p in parameters.values()})
-    for part in twin.modules():
-        part._compiled_call_impl = None
-    return twin
-
-
 def assemble(
     transformer: Any,
     lists: Mapping[str, Any],
@@ -162,6 +178,9 @@ def assemble(
     lora: int = 0,
     checkpointing: bool = False,
     compiled: bool = False,
+    full: bool = False,
+    seed: int = 0,
+    shards: Processes | None = None,
 ) -> Team:
     """The team that a recipe needs.
 
@@ -172,17 +191,24 @@ def assemble(
         lora: rank of the student's and critic's LoRA layers; 0 trains all weights.
         checkpointing: recompute blocks in backward passes.
         compiled: compile the blocks.
+        full: `eager` computes without TF32, as differences need.
+        seed: of the first values of what is new (LoRA layers, the head); the global random state is left alone.
+        shards: processes to spread student, critic and teacher over; None for none. `eager` is then the student
+            itself, for differences alone.
     """
     mixed = device.type == "cuda"
+    # What is spread goes to the device block by block, from the CPU.
+    place = device if shards is None else torch.device("cpu")
     count = sum(len(blocks) for blocks in lists.values())
     # A quarter, the half and three quarters of the way: texture, objects, scene.
     layers = sorted({max(0, count * k // 4 - 1) for k in (2, 3, 4)})
 
     def learner() -> Any:
-        module = copy.deepcopy(transformer).float().to(device).train()
+        module = copy.deepcopy(transformer).float().to(place).train()
         module.requires_grad_(True)
         if lora:
-            _add_lora(module, lora)
+            with seeded(seed, device):
+                add_lora(module, lora)
         if checkpointing:
             module.enable_gradient_checkpointing()
         return module
@@ -190,23 +216,32 @@ def assemble(
     student = learner()
     if "second_time" in roles:
         second_time.attach(student)
-    twin = tied(student)
+    twin = tied(student) if shards is None else student
     critic = learner() if "critic" in roles else None
     head = None
     if "head" in roles:
         width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-        head = DiscriminatorHead(width, len(layers)).to(device)
-    teacher = copy.deepcopy(transformer).to(device, torch.bfloat16 if mixed else torch.float32)
-    teacher.eval().requires_grad_(False)
+        with seeded(seed, device):
+            head = DiscriminatorHead(width, len(layers)).to(place)
+    teacher = copy.deepcopy(transformer).to(place).eval().requires_grad_(False)
+    if mixed:
+        lower(teacher)
     if compiled:
         torch._dynamo.config.recompile_limit = 64
         for module in (student, teacher, critic):
             if module is not None:
-                module.compile_repeated_blocks(fullgraph=not lora and not checkpointing, dynamic=False)
+                one = not lora and not checkpointing and shards is None
+                module.compile_repeated_blocks(fullgraph=one, dynamic=False)
+    if shards is not None:
+        for module in (student, teacher, critic):
+            if module is not None:
+                shard(module, shards, lists)
+        if head is not None:
+            head.to(device)  # small, and its query is used apart from its inputs, which FSDP's hooks miss
     look = {"lists": list(lists), "layers": layers}
     return Team(
         student=Network(student, mixed=mixed),
-        eager=Network(twin),
+        eager=Network(twin, full=full),
         teacher=Network(teacher),
         critic=None if critic is None else Network(critic, mixed=mixed, **look),
         head=head,
@@ -214,28 +249,3 @@ def assemble(
         guidance=guidance,
         shift=shift,
     )
-
-
-def _add_lora(module: Any, rank: int) -> None:
-    """LoRA layers (arXiv 2106.09685) on all linear layers of the blocks; the rest is frozen. Starts without effect."""
-    from peft import LoraConfig
-
-    names = [
-        name
-        for name, part in module.named_modules()
-        if isinstance(part, nn.Linear) and any(piece.isdigit() for piece in name.split("."))
-    ]
-    module.requires_grad_(False)
-    module.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=names, init_lora_weights=True))
-
-
-def merged_state(module: Any) -> dict[str, Tensor]:
-    """A network's state dict with LoRA layers added into their weights, names as without them."""
-    from peft.tuners.lora import Linear
-
-    state = {k.replace(".base_layer.", "."): v for k, v in module.state_dict().items() if ".lora_" not in k}
-    for name, part in module.named_modules():
-        if isinstance(part, Linear):
-            key = f"{name}.weight"
-            state[key] = state[key] + part.get_delta_weight("default").to(state[key])
-    return state

@@ -21,7 +21,9 @@ from vivace.training.distillation.team import Team
 from vivace.world import sample_scenes
 
 PORTION = 16
+"""Clips made at a time; which, does not matter to what is made."""
 SHOWN = 6
+"""Rows of a sheet."""
 
 
 @dataclass
@@ -54,7 +56,7 @@ class Validation:
         for start in range(0, self.count, PORTION):
             rows = slice(start, start + PORTION)
             noise, text = self.noise[rows].to(device), self.text[rows].to(device)
-            clips.append(self.decode(sample(team, recipe, noise, text, Chance(device, 7, start, "sample"))))
+            clips.append(self.decode(sample(team, recipe, noise, text)))
         video = torch.cat(clips)
         if sheet is not None:
             shown = min(SHOWN, self.count)
