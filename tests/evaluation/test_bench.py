@@ -166,6 +166,7 @@ def test_what_is_finished_is_recorded_before_a_kill(task, tmp_path):
     assert set(outcome.records) == {"exact", "steps=2", "floor"}
     assert len(Store(tmp_path).records()) == 3
 
+
 def test_a_contender_that_comes_later_gets_the_baseline_made_again(task, whole):
     job, _ = whole
     assert not (job.work / "baseline").exists()

@@ -44,7 +44,7 @@ def calibrate(
     count: Annotated[
         int | None,
         typer.Option(
-            min=1, help=f"Use only the first so many prompts  [default: {COUNT}]", show_default=False
+            min=1, help=f"Use only the first so many prompts  \\[default: {COUNT}]", show_default=False
         ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The JSON file to write.")] = Path(

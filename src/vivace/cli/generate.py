@@ -20,7 +20,7 @@ def generate(
     ] = Path("out.mp4"),
     receipt: Annotated[
         Path | None,
-        typer.Option(help="The receipt, as JSON  [default: beside the clip]", show_default=False),
+        typer.Option(help="The receipt, as JSON  \\[default: beside the clip]", show_default=False),
     ] = None,
     seed: options.Seed = 0,
     steps: options.Steps = None,

@@ -24,6 +24,7 @@ from vivace.cli import (
     calibrate,
     compare,
     compare_records,
+    distill,
     doctor,
     encode,
     generate,
@@ -60,6 +61,7 @@ app = typer.Typer(
 app.command("generate", rich_help_panel=MAKE)(generate.generate)
 app.command("compare", rich_help_panel=MAKE)(compare.compare)
 app.command("encode", rich_help_panel=TRAIN)(encode.encode)
+app.command("distill", rich_help_panel=TRAIN)(distill.distill)
 app.command("bench", rich_help_panel=MEASURE)(bench.bench)
 app.command("calibrate", rich_help_panel=MEASURE)(calibrate.calibrate)
 app.command("report", rich_help_panel=MEASURE)(report.report)

@@ -31,11 +31,11 @@ from torch import Tensor
 
 from vivace.core.errors import ConfigError, WeightsError
 from vivace.models.pruned_file import quantised
-from vivace.models.student_artifact import KEY, Artifact, metadata
+from vivace.models.student_artifact import KEY, SPARSE, Artifact, metadata
 
 HEAD, FORM, VERSION = "vivace_student", "vivace-student", 1
 STORES = ("int8-delta", "int8", "bf16", "lora:RANK")
-EXTRA = "second_time."
+EXTRA = ("second_time.", SPARSE)
 """Names that a base does not have begin so."""
 DELTA, SCALE, DOWN, UP = "::delta", "::scale", "::down", "::up"
 _EXACT_SVD = 2048
@@ -73,7 +73,9 @@ def shipped_students() -> dict[str, Path]:
 def weights_hash(state: State) -> str:
     """Sixteen hex digits of a few values of a state dict, rounded to bf16: equal in fp32 and bf16, on any device."""
     digest = hashlib.sha256()
-    tensors = {k: v for k, v in state.items() if v.is_floating_point() and v.numel() and EXTRA not in k}
+    tensors = {
+        k: v for k, v in state.items() if v.is_floating_point() and v.numel() and not k.startswith(EXTRA)
+    }
     names = sorted(tensors)
     places = np.linspace(0, len(names) - 1, min(_TENSORS, len(names))).round().astype(int)
     for key in (names[i] for i in dict.fromkeys(places.tolist())):
@@ -192,7 +194,11 @@ def _merged(files: Sequence[Path], weights: Sequence[float]) -> Artifact:
     first = next((a for a in said if a.sampler.steps or a.sampler.sigmas), said[0] if said else Artifact())
     parts = [{"file": f.name, "weight": w} for f, w in zip(files, weights, strict=True)]
     recipes = [{"recipe": a.recipe, "settings": dict(a.settings)} for a in said]
-    return dataclasses.replace(first, recipe="merge", settings={"parts": parts, "recipes": recipes})
+    # Students are trained in different forms one by one, and their sum runs in all of them.
+    attention = next((a.attention for a in said if a.attention), {})
+    linears = next((a.linears for a in said if a.linears), {})
+    settings = {"parts": parts, "recipes": recipes}
+    return dataclasses.replace(first, recipe="merge", settings=settings, attention=attention, linears=linears)
 
 
 def _rank(store: str) -> int:

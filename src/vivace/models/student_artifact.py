@@ -20,6 +20,9 @@ FILE = "artifact.json"
 KEY = "vivace_artifact"
 """The entry of a safetensors file's metadata that holds the same JSON."""
 SOLVERS = ("flow", "consistency", "flow_map")
+SPARSE = "sparse_attention."
+"""In a student file, what the names of trained tensors of sparse attention begin with: the address of a site follows,
+then the tensor's own name, e.g. `sparse_attention.transformer.blocks.3.attn1.gate`. They are kept as they are."""
 
 
 def noise_levels(steps: int, shift: float = 1.0) -> tuple[float, ...]:
@@ -84,6 +87,9 @@ class Artifact:
             whole pipeline or of its one transformer.
         data: hash of what it was trained on.
         provenance: for people: who, when, with which code, on what, under which licence.
+        attention: sparse attention that it was trained with: `method`, `density` and `block`, for people; `technique`
+            and `settings`, which run it; `trained`, whether the file holds tensors of it (`SPARSE`). Empty for dense.
+        linears: rounded linear layers that it was trained with: `method`, `technique` and `settings`. Empty for exact.
     """
 
     recipe: str = ""
@@ -93,6 +99,8 @@ class Artifact:
     teacher: str = ""
     data: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    attention: Mapping[str, Any] = field(default_factory=dict)
+    linears: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, path: Path) -> Artifact | None:
@@ -150,6 +158,8 @@ class Artifact:
             teacher=str(data.get("teacher", "")),
             data=str(data.get("data", "")),
             provenance=dict(data.get("provenance") or {}),
+            attention=dict(data.get("attention") or {}),
+            linears=dict(data.get("linears") or {}),
         )
 
     def to_json(self, indent: int | None = None) -> str:

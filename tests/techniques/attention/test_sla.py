@@ -13,8 +13,9 @@ from vivace.core.errors import PlanError
 from vivace.core.shapes import TokenGrid
 from vivace.kernels.block_attention.op import runner as attention_by
 from vivace.kernels.block_select.op import runner as selection_by
+from vivace.kernels.trained_sparse import linear_branch
 from vivace.techniques.attention.dynamic import View
-from vivace.techniques.attention.sla import SparseLinearAttention, linear_branch
+from vivace.techniques.attention.sla import SparseLinearAttention
 from vivace.testing.subjects import Subject
 
 GRID = TokenGrid(3, 5, 6, text=20)  # 90 tokens of video: five blocks of 16 and one of 10
@@ -99,7 +100,8 @@ def test_linear_branch_over_any_mask():
     view = view_of(SparseLinearAttention(), q, k, v)
     mask = torch.rand(BATCH, HEADS, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.5
     mask[:, :, 2] = False
-    got = linear_branch(view, mask)
+    blocks = (x.unflatten(2, (-1, 16))[:, :, :6] for x in (view.q, view.k, view.v))
+    got = linear_branch(*blocks, mask, view.layout.gone.view(-1, 16)[:6])
     for b in range(BATCH):
         for h in range(HEADS):
             head = [x[b, :, h].double() for x in (q, k, v)]
@@ -112,7 +114,7 @@ def test_linear_branch_over_any_mask():
 def test_a_few_rows_at_a_time_change_nothing(monkeypatch):
     q, k, v = noise()
     whole, _, _ = attend(SparseLinearAttention(), q, k, v, projection())
-    monkeypatch.setattr("vivace.techniques.attention.sla.MOST", 2 * BATCH * HEADS * D * D)
+    monkeypatch.setattr("vivace.kernels.trained_sparse.MOST", 2 * BATCH * HEADS * D * D)
     parts, _, _ = attend(SparseLinearAttention(), q, k, v, projection())
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
 

@@ -5,37 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from vivace.core.shapes import TokenGrid
-from vivace.techniques.attention.patterns import fit_tile
+from vivace.kernels.block_attention.tiles import block_size, cut, in_rows, in_tiles, with_text
 
-LEAST_BLOCKS = 16
-"""A clip is cut into so many blocks at least, where it has the tokens: fewer leave nothing to choose from."""
-
-
-def block_size(grid: TokenGrid, block: int) -> int:
-    """The block size of a grid: `block`, or a smaller power of two (16 at least) for a small clip."""
-    while block > 16 and grid.video < LEAST_BLOCKS * block:
-        block //= 2
-    return block
-
-
-def in_rows(grid: TokenGrid, block: int) -> np.ndarray:
-    """Neighbours in the flattened sequence: slots (N, C)."""
-    return cut(np.arange(grid.video), block)
-
-
-def in_tiles(grid: TokenGrid, block: int, tile: tuple[int, int, int] | None = None) -> np.ndarray:
-    """3-D tiles of at most `block` tokens, one a block; `tile` fixes (frames, height, width) of a tile."""
-    sides = np.array([grid.frames, grid.height, grid.width])
-    shape = np.array(fit_tile(grid, block) if tile is None else tile)
-    shape = np.minimum(shape, sides)
-    pieces = -(-sides // shape)
-    places = np.indices(tuple(sides)).reshape(3, -1).T
-    cell, inside = np.divmod(places, shape)
-    block_of = np.ravel_multi_index(tuple(cell.T), tuple(pieces))
-    slot = np.ravel_multi_index(tuple(inside.T), tuple(shape))
-    slots = np.full((int(pieces.prod()), block), -1, dtype=np.int64)
-    slots[block_of, slot] = np.arange(grid.video)
-    return np.take_along_axis(slots, np.argsort(slots < 0, axis=1, kind="stable"), 1)
+__all__ = ["along_curve", "block_size", "by_place", "cut", "hilbert", "in_rows", "in_tiles", "with_text"]
 
 
 def along_curve(grid: TokenGrid, block: int) -> np.ndarray:
@@ -46,14 +18,6 @@ def along_curve(grid: TokenGrid, block: int) -> np.ndarray:
 def by_place(grid: TokenGrid, block: int) -> np.ndarray:
     """Tokens of one place in all frames stand together: slots (N, C)."""
     return cut(np.arange(grid.video).reshape(grid.frames, -1).T.reshape(-1), block)
-
-
-def cut(order: np.ndarray, block: int) -> np.ndarray:
-    """An order of tokens cut into blocks; the last one is padded."""
-    blocks = -(-order.size // block)
-    slots = np.full(blocks * block, -1, dtype=np.int64)
-    slots[: order.size] = order
-    return slots.reshape(blocks, block)
 
 
 def hilbert(grid: TokenGrid) -> np.ndarray:
@@ -83,12 +47,3 @@ def hilbert(grid: TokenGrid) -> np.ndarray:
         for i in range(3):
             key = (key << 1) | ((x[i] >> bit) & 1)
     return np.argsort(key, kind="stable")
-
-
-def with_text(grid: TokenGrid, slots: np.ndarray) -> tuple[np.ndarray, int]:
-    """Slots of the video (N, C) with the grid's text tokens in blocks behind them, and how many blocks those are."""
-    if not grid.text:
-        return slots, 0
-    first_text, first_video = (0, grid.text) if grid.text_first else (grid.video, 0)
-    text = cut(np.arange(first_text, first_text + grid.text), slots.shape[1])
-    return np.concatenate([np.where(slots >= 0, slots + first_video, -1), text]), len(text)

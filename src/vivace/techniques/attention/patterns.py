@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from vivace.core.shapes import TokenGrid
+from vivace.kernels.block_attention.tiles import fit_tile
 from vivace.kernels.block_sparse_attention.spec import BlockMap
 
 LEAST_BLOCKS = 32
@@ -18,22 +19,6 @@ LEAST_BLOCKS_PER_FRAME = 4
 def block_size(tokens: int, block: int, least: int = LEAST_BLOCKS) -> int:
     """The block size for a sequence: `block`, or less where that would make fewer than `least` blocks."""
     return max(1, min(block, tokens // least))
-
-
-def fit_tile(grid: TokenGrid, budget: int) -> tuple[int, int, int]:
-    """The tile (frames, height, width) of at most `budget` tokens that suits a grid.
-
-    Tiles should be full, cover the grid with little overhang, and cut every axis into about equally many pieces, so
-    that a window has the proportions of the clip.
-    """
-    sides = np.array([grid.frames, grid.height, grid.width])
-    tiles = np.stack(np.meshgrid(*(np.arange(1, s + 1) for s in sides), indexing="ij"), -1).reshape(-1, 3)
-    tiles = tiles[tiles.prod(-1) <= budget]
-    pieces = -(-sides // tiles)
-    waste = pieces.prod(-1) * budget / grid.video
-    spread = pieces.max(-1) / np.where(sides > 1, pieces, pieces.max(-1, keepdims=True)).min(-1)
-    t, h, w = tiles[np.argmin(waste * np.sqrt(spread))]
-    return int(t), int(h), int(w)
 
 
 def sliding_tiles(grid: TokenGrid, window: float, block: int) -> BlockMap:

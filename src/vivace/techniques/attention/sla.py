@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from vivace.kernels.block_attention.layout import Layout
 
-MOST = 2**27
-"""Numbers in the (D, D) states of blocks of queries that are held at once."""
 WEIGHT, BIAS = "proj.weight", "proj.bias"
 
 
@@ -131,45 +129,16 @@ class SparseLinearAttention(DynamicAttention):
     def finish(self, view: View, routes: Routes, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
         import torch
 
+        from vivace.kernels.trained_sparse import linear_branch, middling
+
         if WEIGHT not in view.weights:
             return out
         n, c = view.video, view.layout.block
         view.beside += self._work(view.layout, out.shape[-1])
-        middling = self.middling(view, routes.mask(view.layout.blocks)[:, :, :n, :n])
+        scores, exact = view.pooled_scores(), routes.mask(view.layout.blocks)[:, :, :n, :n]
+        q, k, v = (x[:, :, : n * c].unflatten(2, (n, c)) for x in (view.q, view.k, view.v))
+        seen = middling(scores, exact, self.skipped)
+        linear = linear_branch(q, k, v, seen, view.layout.gone.view(-1, c)[:n])
         weight, bias = (view.weights[name].to(out) for name in (WEIGHT, BIAS))
-        video = out[:, :, : n * c] + torch.nn.functional.linear(linear_branch(view, middling), weight, bias)
+        video = out[:, :, : n * c] + torch.nn.functional.linear(linear, weight, bias)
         return torch.cat([video, out[:, :, n * c :]], 2)
-
-    def middling(self, view: View, exact: torch.Tensor) -> torch.Tensor:
-        """Pairs of blocks (B, H, NV, NV) that are neither exact nor among the worst by the current scores."""
-        import torch
-
-        scores = view.pooled_scores().detach().masked_fill(exact, float("inf"))
-        order = torch.sort(scores, dim=-1, stable=True).indices
-        worst = torch.arange(view.video, device=scores.device) < int(self.skipped * view.video + 1e-9)
-        return ~exact & ~torch.zeros_like(exact).expand_as(scores).scatter(-1, order, worst.expand_as(order))
-
-
-def linear_branch(view: View, middling: torch.Tensor) -> torch.Tensor:
-    """Linear attention of the video's queries over the key blocks of a bool mask (B, H, NV, NV): (B, H, NV * C, D).
-
-    Zero where a block of queries has no such keys.
-    """
-    import torch
-
-    n, c, dtype = view.video, view.layout.block, view.q.dtype
-    q, k, v = (x[:, :, : n * c].unflatten(2, (n, c)) for x in (view.q, view.k, view.v))
-    fq, fk = (torch.softmax(x.float(), -1).to(dtype) for x in (q, k))
-    fk = fk.masked_fill(view.layout.gone.view(-1, c)[:n, :, None], 0.0)
-    b, h, d = *q.shape[:2], q.shape[-1]
-    states = (fk.transpose(-1, -2) @ v).flatten(3)  # (B, H, NV, D * D)
-    masses = fk.float().sum(3)  # (B, H, NV, D)
-    step, outs = max(1, MOST // (b * h * d * d)), []
-    for start in range(0, n, step):
-        rows = slice(start, min(start + step, n))
-        seen = middling[:, :, rows]
-        above = fq[:, :, rows] @ (seen.to(dtype) @ states).unflatten(-1, (d, d))  # (B, H, R, C, D)
-        below = fq[:, :, rows].float() @ (seen.float() @ masses)[..., None]
-        some = seen.any(-1)[..., None, None]
-        outs.append((above.float() / torch.where(some, below, 1.0)).to(dtype))
-    return torch.cat(outs, 2).flatten(2, 3)

@@ -1,6 +1,7 @@
 """Trained tensors of attention sites, from one safetensors file: `<address of the site>.<name>` for every site.
 
-An address is that of `AttentionSite.site`, e.g. `transformer.blocks.3.attn1`.
+An address is that of `AttentionSite.site`, e.g. `transformer.blocks.3.attn1`. In a student file the same names stand
+behind `sparse_attention.`, beside the student's weights. Students that come with the package are known by name.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vivace.core.errors import WeightsError
+from vivace.models.student_artifact import SPARSE
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +28,8 @@ def misfit(file: str, sites: Iterable[str], shapes: Shapes) -> str:
     """
     wanted = {f"{site}.{name}": shape for site in sites for name, shape in shapes.items()}
     with _opened(file) as reader:
-        found = {key: tuple(reader.get_slice(key).get_shape()) for key in reader.keys()}  # noqa: SIM118
+        keys = _keys(reader)
+        found = {name: tuple(reader.get_slice(key).get_shape()) for name, key in keys.items()}
     for key, shape in wanted.items():
         if key not in found:
             return f"{file} holds no {key}."
@@ -44,12 +47,19 @@ def read(file: str, site: str, names: Iterable[str], device: Any) -> dict[str, t
     """
     out = {}
     with _opened(file) as reader:
-        held = set(reader.keys())
+        keys = _keys(reader)
         for name in names:
-            if (key := f"{site}.{name}") not in held:
+            if (key := f"{site}.{name}") not in keys:
                 raise WeightsError(f"{file} holds no {key}.")
-            out[name] = reader.get_tensor(key).float().to(device)
+            out[name] = reader.get_tensor(keys[key]).float().to(device)
     return out
+
+
+def _keys(reader: Any) -> dict[str, str]:
+    """`<site>.<name>` -> the tensor's name in the file; of a student file only what belongs to attention sites."""
+    keys = list(reader.keys())
+    student = {key.removeprefix(SPARSE): key for key in keys if key.startswith(SPARSE)}
+    return student or {key: key for key in keys}
 
 
 @contextmanager
@@ -57,6 +67,10 @@ def _opened(file: str) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     place = Path(file).expanduser()
+    if not place.is_file():
+        from vivace.models.student import shipped_students
+
+        place = shipped_students().get(file, place)
     if not place.is_file():
         raise WeightsError(f"{place} is missing; give a .safetensors file of trained tensors.")
     try:

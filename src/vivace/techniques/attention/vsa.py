@@ -10,7 +10,6 @@ from vivace.core.errors import WeightsError
 from vivace.core.shapes import TokenGrid
 from vivace.kernels.block_attention.spec import Routes
 from vivace.models.adapter import AttentionSite, ModelDescription
-from vivace.techniques.attention.arrangements import in_tiles
 from vivace.techniques.attention.dynamic import DynamicAttention, View
 from vivace.techniques.attention.trained import misfit, read
 from vivace.techniques.base import Card, Cite, Need, Paradigm, Problem, Stage, exclusive, knob
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
 
     from vivace.kernels.block_attention.layout import Layout
 
-CUBE = (4, 4, 4)
-"""Frames, height and width of a cube of 64 tokens; other block sizes get the tile that suits the clip."""
 GATE = "gate"
 
 
@@ -79,7 +76,9 @@ class VideoSparseAttention(DynamicAttention):
         return (cls(top=2), cls(top=1, gate=0.2), *trained)
 
     def slots(self, grid: TokenGrid, block: int) -> np.ndarray:
-        return in_tiles(grid, block, CUBE if block == 64 else None)
+        from vivace.kernels.trained_sparse import cubes
+
+        return cubes(grid, block)
 
     def check(self, model: ModelDescription) -> list[Problem]:
         found = super().check(model)
@@ -114,11 +113,12 @@ class VideoSparseAttention(DynamicAttention):
     def finish(self, view: View, routes: Routes, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
         import torch
 
+        from vivace.kernels.trained_sparse import coarse_branch
+
         gate = view.weights[GATE].to(out)[:, None, None] if GATE in view.weights else self.gate
         if isinstance(gate, float) and gate == 0.0:
             return out
         n, c = view.video, view.layout.block
         view.beside += float(n * n)
-        coarse = torch.softmax(view.pooled_scores(), -1) @ view.mean("v")[:, :, :n]
-        spread = (gate * coarse).to(out.dtype)[:, :, :, None].expand(-1, -1, -1, c, -1).flatten(2, 3)
-        return torch.cat([out[:, :, : n * c] + spread, out[:, :, n * c :]], 2)
+        coarse = coarse_branch(view.pooled_scores(), view.mean("v")[:, :, :n], gate, c).to(out.dtype)
+        return torch.cat([out[:, :, : n * c] + coarse, out[:, :, n * c :]], 2)

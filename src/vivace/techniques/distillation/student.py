@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from vivace.core.errors import ConfigError, WeightsError
+from vivace.core.errors import ConfigError, UnknownNameError, WeightsError
 from vivace.models.adapter import EXPERTS, Expert, ModelDescription
-from vivace.models.student_artifact import Artifact, Sampler, architecture
-from vivace.techniques.base import Card, Cite, Paradigm, Problem, Stage, Target, Technique, exclusive, knob
+from vivace.models.student_artifact import SPARSE, Artifact, Sampler, architecture
+from vivace.techniques.base import (
+    Card,
+    Cite,
+    Paradigm,
+    Problem,
+    Stage,
+    Target,
+    Technique,
+    exclusive,
+    knob,
+    registry,
+)
 from vivace.techniques.distillation.artifact import (
     meta_transformer,
     mismatch,
@@ -132,7 +143,9 @@ class StudentCheckpoint(Technique):
         return {k: v for k, v in student_shapes(files).items() if not self._ignored(k)}
 
     def _ignored(self, name: str) -> bool:
-        """Whether a tensor is of no use outside the code that a public student was trained with."""
+        """Whether a tensor is none of the transformer's own: of another technique, or of a public student's code."""
+        if name.startswith(SPARSE):
+            return True
         student = public(self.path)
         return student is not None and any(part in name for part in student.ignore)
 
@@ -191,12 +204,16 @@ class StudentCheckpoint(Technique):
                 message = f"the student {what}; in the plan: {line}"
                 out.append(self.problem(kind, message, "warning"))
         student = public(self.path)
-        owned = any(c.resource == "attention.kernel" for t in others for c in t.claims(model))
-        if student is not None and student.attention and not owned:
-            message = (
-                f"the student was trained with {student.attention} attention, and the plan runs it dense"
-            )
+        attention = student.attention if student is not None else ""
+        if artifact is not None and artifact.attention:
+            attention = str(artifact.attention.get("method", "sparse"))
+        owned = {c.resource for t in others for c in t.claims(model)}
+        if attention and "attention.kernel" not in owned:
+            message = f"the student was trained with {attention} attention, and the plan runs it dense"
             out.append(self.problem("attention", message, "warning"))
+        if artifact is not None and artifact.linears and "linear.weight" not in owned:
+            message = f"the student was trained with {artifact.linears.get('method', 'rounded')} linear layers, and "
+            out.append(self.problem("linears", message + "the plan runs them exactly", "warning"))
         return out
 
     # -- on a live pipeline ---------------------------------------------------------------------------------------
@@ -252,7 +269,7 @@ class StudentCheckpoint(Technique):
 
 
 def plan_of(path: str) -> list[Technique]:
-    """A student and the sampler of its contract, ready for a plan; alone where nothing is said of sampling.
+    """A student ready for a plan, with all that its artefact asks for: sampler, sparse attention, rounded linears.
 
     Args:
         path: as `StudentCheckpoint.path`, or the name of a public LoRA.
@@ -264,8 +281,23 @@ def plan_of(path: str) -> list[Technique]:
     if student is not None and student.kind == LORA:
         return [Lora(path=path, expert=student.expert), StudentSampler.of(student.artifact.sampler)]
     checkpoint = StudentCheckpoint(path=path, expert=student.expert if student else EXPERTS[0])
-    contract = checkpoint.contract()
-    return [checkpoint] if contract is None else [checkpoint, contract]
+    contract, artifact = checkpoint.contract(), checkpoint.artifact()
+    plan: list[Technique] = [checkpoint] if contract is None else [checkpoint, contract]
+    forms = (artifact.attention, artifact.linears) if artifact is not None else ()
+    return plan + [_trained_with(form, path) for form in forms if form]
+
+
+def _trained_with(form: Mapping[str, Any], path: str) -> Technique:
+    """The technique that an artefact names; tensors of its own come from the student file.
+
+    Raises:
+        WeightsError: there is no such technique, or it has no such settings.
+    """
+    try:
+        own = {"file": path} if form.get("trained") else {}
+        return registry[form["technique"]].from_dict({**form.get("settings", {}), **own})
+    except (ConfigError, UnknownNameError, KeyError, TypeError) as error:
+        raise WeightsError(f"{path} asks for a technique that there cannot be: {error}") from None
 
 
 def _strange(artifact: Artifact, weights: str) -> bool:

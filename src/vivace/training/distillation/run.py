@@ -18,7 +18,7 @@ from vivace.core.digest import tensors_digest
 from vivace.core.errors import ConfigError, WeightsError
 from vivace.models import pruning, second_time
 from vivace.models.student import EXTRA, STORES, read_head, save_student, student_tensors, weights_hash
-from vivace.models.student_artifact import Artifact, architecture
+from vivace.models.student_artifact import SPARSE, Artifact, architecture
 from vivace.tiny.train.clips import ClipShape
 from vivace.tiny.train.common import Budget, Processes, load_checkpoint, machine, write_json
 from vivace.training.chance import Chance
@@ -26,6 +26,7 @@ from vivace.training.data.encoding import Encoder
 from vivace.training.data.samples import MemorySet, Samples
 from vivace.training.data.shards import LatentShards
 from vivace.training.data.sources import Source, TeacherSource, WorldSource
+from vivace.training.distillation import student_forms
 from vivace.training.distillation.recipe import Recipe
 from vivace.training.distillation.team import Team, assemble
 from vivace.training.distillation.trainer import DistillationTrainer
@@ -54,11 +55,13 @@ class Choices:
         size: frames, height, width. batch: clips of an update in each process.
         minutes, steps: of training; `steps` (updates) wins.
         lora: rank; 0 trains all weights. store: see `vivace.models.student.STORES`.
+        attention, density, block: sparse attention of the student (`student_forms.attention`); dense where empty.
+        linears: rounded linear layers of the student (`student_forms.linears`); exact where empty.
         fsdp: spread weights, gradients and optimizers over the processes (see `sharding`); nothing in one process.
         init: a student file to start from.
         validate_every: seconds between validations of the averaged weights; 0 for the end alone.
         patience: validations without a better accuracy after which to stop; 0 never stops.
-        captions: of a validation.
+        captions: of a validation; 0 for none, where the clips are not such as the world's verifier sees.
     """
 
     out: Path
@@ -74,6 +77,10 @@ class Choices:
     lora: int = 0
     checkpointing: bool = False
     compile: bool = False
+    attention: str = ""
+    density: float = 0.25
+    block: int = 64
+    linears: str = ""
     fsdp: bool = False
     store: str = "int8-delta"
     init: Path | None = None
@@ -89,8 +96,14 @@ class Choices:
             raise ConfigError(f"a student is stored as {', '.join(STORES)}, not {self.store}.")
         if self.batch < 1 or (self.minutes if self.steps is None else self.steps) <= 0:
             raise ConfigError("nothing to train: give a batch of 1 or more, and minutes or steps above 0.")
-        if min(self.clips, self.captions) < 1 or self.lora < 0:
-            raise ConfigError("clips and captions are 1 or more, and the rank of LoRA layers is 0 or more.")
+        if self.clips < 1 or min(self.lora, self.captions) < 0:
+            raise ConfigError("clips are 1 or more; captions and the rank of LoRA layers are 0 or more.")
+        if self.validate_every and not self.captions:
+            raise ConfigError("validations need captions; give some, or leave validate_every at 0.")
+        if self.fsdp and (self.attention or self.linears):
+            raise ConfigError(
+                "spread weights train dense and exact students only; leave fsdp, attention or linears."
+            )
         if self.patience and not self.validate_every:
             raise ConfigError("patience counts validations; give seconds between them too (validate_every).")
 
@@ -134,6 +147,7 @@ def run(
         "batch": choices.batch,
         "seed": choices.seed,
         "lora": choices.lora,
+        "form": [choices.attention, choices.density, choices.block, choices.linears],
         "processes": processes.world,
     }
     settings = json.loads(json.dumps(settings))
@@ -147,6 +161,20 @@ def run(
     shift = float(
         pipeline.scheduler.config.get("flow_shift") or pipeline.scheduler.config.get("shift") or 1.0
     )
+
+    def form(student: Any) -> None:
+        if choices.attention:
+            call = {
+                "hidden_states": data.rows([0], ("latents",))["latents"],
+                "encoder_hidden_states": data.empty["text"][None],
+            }
+            grid = adapter.grid_of_call(student.config, call)
+            student_forms.attention(
+                student, adapter, grid, choices.attention, density=choices.density, block=choices.block
+            )
+        if choices.linears:
+            student_forms.linears(student, adapter, choices.linears)
+
     team = assemble(
         pipeline.transformer,
         anatomy.lists,
@@ -161,6 +189,7 @@ def run(
         full=derivative == "difference",
         seed=choices.seed,
         shards=processes if spread else None,
+        form=form,
     )
     if choices.init is not None:
         start_from(team, choices.init, base)
@@ -172,7 +201,7 @@ def run(
         choices,
         recipe,
         trainer,
-        Validation(encoder, shape, choices.captions),
+        Validation(encoder, shape, choices.captions) if choices.captions else None,
         processes,
         {"settings": settings, "data": {"clips": len(data), "hash": data.hash}},
         state,
@@ -203,13 +232,17 @@ def run(
         teacher=identity,
         data=data.hash,
         provenance={"paper": recipe.paper, "updates": fitted["steps"]},
+        **student_forms.told(team.student.module),
     )
     if processes.leads:
         save_student(choices.out, student, base, artifact, choices.store)
     processes.agree(0.0)  # the file is there
     # What is validated at the end is what was written, with the rounding of its storage.
     start_from(team, choices.out, base)
-    final = watch.validation(team, recipe, choices.out.with_suffix(".png") if processes.leads else None)
+    final = {}
+    if watch.validation is not None:
+        sheet = choices.out.with_suffix(".png") if processes.leads else None
+        final = watch.validation(team, recipe, sheet)
     record = {
         "machine": machine() | {"processes": processes.world},
         "recipe": recipe.name,
@@ -232,7 +265,8 @@ def run(
     if processes.leads:
         write_json(choices.out.with_suffix(".json"), record)
         checkpoint.unlink(missing_ok=True)
-    processes.say(f"accuracy {final['accuracy']:.4f}; wrote {choices.out}, {record['bytes'] / 1e6:.1f} MB")
+    right = f"accuracy {final['accuracy']:.4f}; " if final else ""
+    processes.say(f"{right}wrote {choices.out}, {record['bytes'] / 1e6:.1f} MB")
     return record
 
 
@@ -287,8 +321,10 @@ def start_from(team: Team, file: Path, base: dict[str, torch.Tensor]) -> None:
     if wrong := sorted(k for k, v in base.items() if tensors[k].shape != v.shape):
         raise WeightsError(f"{wrong[0]} has another shape in {file} than in this model.")
     if strange := sorted(wear(module, tensors.items())):
-        flow = all(name.startswith(EXTRA) for name in strange)
-        why = "is of a flow map, and this recipe trains none" if flow else "is of another architecture"
+        kind = "is of a flow map, and this recipe trains none"
+        if strange[0].startswith(SPARSE):
+            kind = "was trained with sparse attention; ask for the same one"
+        why = kind if all(name.startswith(EXTRA) for name in strange) else "is of another architecture"
         raise WeightsError(f"{file} {why}: the student has no {strange[0]}.")
 
 

@@ -21,6 +21,7 @@ from vivace.models import second_time
 from vivace.tiny.train.common import Processes
 from vivace.training.data.samples import Batch
 from vivace.training.distillation.sharding import shard, sharded
+from vivace.training.distillation.student_forms import plain
 from vivace.training.distillation.weights import add_lora, full_precision, lower, seeded, tied
 from vivace.training.losses.adversarial import DiscriminatorHead
 from vivace.training.losses.paths import FlowMap, Velocity, guided
@@ -181,6 +182,7 @@ def assemble(
     full: bool = False,
     seed: int = 0,
     shards: Processes | None = None,
+    form: Callable[[Any], None] | None = None,
 ) -> Team:
     """The team that a recipe needs.
 
@@ -195,6 +197,7 @@ def assemble(
         seed: of the first values of what is new (LoRA layers, the head); the global random state is left alone.
         shards: processes to spread student, critic and teacher over; None for none. `eager` is then the student
             itself, for differences alone.
+        form: puts into the student what it is trained with (`student_forms`).
     """
     mixed = device.type == "cuda"
     # What is spread goes to the device block by block, from the CPU.
@@ -216,7 +219,9 @@ def assemble(
     student = learner()
     if "second_time" in roles:
         second_time.attach(student)
-    twin = tied(student) if shards is None else student
+    if form is not None:
+        form(student)
+    twin = plain(tied(student)) if shards is None else student
     critic = learner() if "critic" in roles else None
     head = None
     if "head" in roles:

@@ -41,7 +41,7 @@ class Watch:
         choices: Choices,
         recipe: Recipe,
         trainer: DistillationTrainer,
-        validation: Validation,
+        validation: Validation | None,
         processes: Processes,
         about: dict[str, Any],
         state: dict[str, Any] | None,
@@ -111,6 +111,7 @@ class Watch:
         return len(self.history) - 1 - best >= self.choices.patience
 
     def _validate(self, update: int) -> None:
+        assert self.validation is not None
         sheet = self.choices.out.with_suffix(f".{update}.png") if self.processes.leads else None
         with self.trainer.averages():
             found = self.validation(self.trainer.team, self.recipe, sheet)
