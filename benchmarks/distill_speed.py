@@ -29,6 +29,7 @@ from vivace.models.known import KNOWN
 from vivace.models.loading import load
 from vivace.tiny.train.common import Processes
 from vivace.training.data.samples import MemorySet
+from vivace.training.distillation.estimate import estimate
 from vivace.training.distillation.recipes import find
 from vivace.training.distillation.team import assemble
 from vivace.training.distillation.trainer import DistillationTrainer
@@ -77,6 +78,51 @@ def counted(run: Any) -> float:
     return float(counter.get_total_flops())
 
 
+def foreseen(options: argparse.Namespace, recipe: Any, batch: int) -> dict[str, float]:
+    """FLOPs by what is timed, for a published model; empty for the embedded one, which is counted."""
+    if options.model == "tiny":
+        return {}
+    model = KNOWN[options.model].describe()
+    frames, height, width = options.shape
+    workload = model.workload(frames=frames, height=height, width=width)
+    found = estimate(model, recipe, workload, batch=batch, lora=options.lora)
+    forward = found.forward_flops * batch
+    # LoRA's frozen weights get no gradient: a backward pass is one product a layer, not two.
+    return {
+        "forward-backward": (2.0 if options.lora else 3.0) * forward,
+        "teacher": 2.0 * forward,
+        "update": found.flops,
+    }
+
+
+KINDS = {
+    "attention": ("flash", "fmha", "cudnn", "sdpa", "attention"),
+    "products": ("gemm", "nvjet", "cutlass", "xmma", "cublas"),
+    "compiled passes": ("triton",),
+    "copies": ("memcpy", "memset", "copy"),
+}
+"""What of a kernel's name says where it belongs; the rest is other passes."""
+
+
+def profiled(run: Any) -> dict[str, float]:
+    """Milliseconds of GPU time by kind of kernel, and of the call."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    torch.cuda.synchronize()
+    before = time.perf_counter()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        run()
+        torch.cuda.synchronize()
+    out: dict[str, float] = {"call": 1e3 * (time.perf_counter() - before)}
+    for event in found.key_averages():
+        name = event.key.lower()
+        kind = next((k for k, words in KINDS.items() if any(w in name for w in words)), "other passes")
+        out[kind] = out.get(kind, 0.0) + event.self_device_time_total / 1e3
+        out["kernels"] = out.get("kernels", 0.0) + event.count
+    return {k: round(v, 3) for k, v in out.items()}
+
+
 def measure(options: argparse.Namespace, batch: int, roof: float) -> dict[str, Any]:
     """One batch size."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -97,6 +143,7 @@ def measure(options: argparse.Namespace, batch: int, roof: float) -> dict[str, A
     )
     lists = pruning.anatomy(adapter, transformer).lists
     out: dict[str, Any] = {"batch": batch, "tokens": latent[1] * latent[2] * latent[3] // _patch(config)}
+    known = foreseen(options, recipe, batch)
     results = {}
     for compiled in (False, True) if options.compile else (False,):
         team = assemble(
@@ -132,11 +179,7 @@ def measure(options: argparse.Namespace, batch: int, roof: float) -> dict[str, A
             ("update", update, cycle),
         ):
             if not compiled:
-                out[f"{name}_flops"] = (
-                    counted(run)
-                    / per
-                    / (4 / 3 if options.checkpointing and per == 1 and name != "teacher" else 1)
-                )
+                out[f"{name}_flops"] = known[name] if known else counted(run) / per
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             seconds = timed(run, options.repeats, device) / per
@@ -144,6 +187,9 @@ def measure(options: argparse.Namespace, batch: int, roof: float) -> dict[str, A
             if device == "cuda":
                 row[name]["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             print(f"batch {batch} {'compiled' if compiled else 'eager'} {name}: {row[name]}", flush=True)
+        if options.profile and compiled == options.compile and device == "cuda":
+            out["profile"] = profiled(student)
+            print(out["profile"], flush=True)
         results["compiled" if compiled else "eager"] = row
         del team, trainer, guided, student, teacher, update
         gc.collect()
@@ -166,10 +212,13 @@ def main() -> None:
     words.add_argument("--lora", type=int, default=0)
     words.add_argument("--checkpointing", action="store_true")
     words.add_argument("--compile", action="store_true")
+    words.add_argument("--profile", action="store_true")
+    words.add_argument("--attention", choices=("auto", "cudnn"), default="auto", help="torch's fused kernel")
     words.add_argument("--repeats", type=int, default=5)
     words.add_argument("--out", type=Path, required=True)
     options = words.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    Processes(0, 1, torch.device(device)).choose_attention(options.attention)
     roof = peak(device)
     print(f"peak {roof / 1e12:.1f} TFLOP/s", flush=True)
     record = {
