@@ -36,11 +36,11 @@ demo: $(STAMP)
 	$(BIN)/vivace compare "a large red sphere slides left on a checkered floor" --plan fast --seed 7 -o demo-output $(OPEN)
 
 test: $(STAMP) weights
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not gpu"
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not gpu and not slow"
 
-# Every technique through every check, and every pair: longer than `make test`, which takes a part of it.
+# Every technique through every check, every pair, and the slow tests: longer than `make test`, which takes a part of it.
 contract: $(STAMP)
-	VIVACE_CONTRACT=full OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/contract
+	VIVACE_CONTRACT=full OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not gpu and (slow or contract)"
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks

@@ -31,18 +31,29 @@ def _gradients_stay_on():
     assert not leaked, "gradients were left switched off"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Mark what needs a GPU, and keep together what shares its set-up when several processes run the tests.
+class Grouping:
+    """Marks what needs a GPU, and keeps together what shares its set-up when several processes run the tests.
 
-    That is a file, or in the contract one technique's checks: the contract is too long for one process.
+    That is a file, or in the contract one technique's checks: the contract is too long for one process. A plugin of its
+    own, as the hook of a conftest.py below the root is called after xdist has looked for marks.
     """
-    for item in items:
-        technique = getattr(item, "callspec", None) and item.callspec.params.get("name")
-        in_contract = item.path.name == "test_contract.py" and technique
-        group = (
-            f"contract of {technique}" if in_contract else str(item.path.relative_to(item.config.rootpath))
-        )
-        item.add_marker(pytest.mark.xdist_group(group.replace("/", ".")))
-        if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items):
+        for item in items:
+            technique = getattr(item, "callspec", None) and item.callspec.params.get("name")
+            in_contract = item.path.name == "test_contract.py" and technique
+            group = (
+                f"contract of {technique}"
+                if in_contract
+                else str(item.path.relative_to(item.config.rootpath))
+            )
+            item.add_marker(pytest.mark.xdist_group(group.replace("/", ".")))
+            if "contract" in item.path.parts:
+                item.add_marker(pytest.mark.contract)
+            if "gpu" in item.keywords and not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Grouping(), "grouping")

@@ -104,7 +104,7 @@ def test_methods_are_told_the_density(modules, block) -> None:
         assert found[f"{name}, {block}"].block_map(grid).density == pytest.approx(0.1, rel=0.5)
 
 
-@pytest.mark.parametrize("shape", ["wan1.3b", "hunyuan"])
+@pytest.mark.parametrize("shape", ["wan1.3b", pytest.param("hunyuan", marks=pytest.mark.slow)])
 def test_a_tiny_run(modules, shape, tmp_path) -> None:
     out = tmp_path / "record.json"
     options = "--tiny --device cpu --layers 2 --block 64 --steps 2 --rounds 2 --only vsa, --only radial"

@@ -204,7 +204,9 @@ def test_the_disk_fills_up_while_writing(small, tmp_path):
 # -- interrupts ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_interrupted_run_leaves_nothing(small, tmp_path, number, code):
     kept = tmp_path / "both" / "exact.mp4"
     kept.parent.mkdir()

@@ -22,7 +22,7 @@ QUICK = ("--size", "9", "32", "32", "--clips", "4", "--batch", "2", "--device", 
 def few_captions(monkeypatch):
     """Validation on two captions in the place of 32."""
     made = Choices.__init__
-    monkeypatch.setattr(Choices, "__init__", lambda self, **choices: made(self, **choices, captions=2))
+    monkeypatch.setattr(Choices, "__init__", lambda self, **choices: made(self, **choices | {"captions": 2}))
 
 
 def test_a_student_its_plan_and_the_line_that_uses_it(vivace, here: Path, few_captions) -> None:

@@ -55,9 +55,13 @@ LONG = {
     ("quantized_linear", "check_batch_mates_do_not_matter"),
     ("quantized_linear", "check_fused_guidance_is_separate_guidance"),
     ("asymmetric_reduction", "check_batch_mates_do_not_matter"),
+    ("fused_linear", "check_batch_mates_do_not_matter"),
+    ("fused_linear", "check_fused_guidance_is_separate_guidance"),
+    ("sparge_attention", "check_batch_mates_do_not_matter"),
 }
 """Left to the whole contract for their time. Formats round rows one by one, and a test of their own says so
-(tests/kernels/test_quant_linear_kernels.py); asymmetric_reduction shares its matching with token_merging."""
+(tests/kernels/test_quant_linear_kernels.py); asymmetric_reduction shares its matching with token_merging, and the other
+dynamic attentions choose blocks for every clip alone as sparge_attention does."""
 
 
 def chosen() -> list[tuple[str, object]]:

@@ -186,6 +186,7 @@ def test_half_a_contender_gives_no_record(task, whole, tmp_path):
     assert "steps=2" not in outcome.records
 
 
+@pytest.mark.slow
 def test_only_the_chosen_metrics_are_measured(task, whole, records, tmp_path):
     # Named in another order than the task's: the order makes no other work.
     job = bench(task, tmp_path, ["steps=2"], metrics=("attributes", "psnr"))

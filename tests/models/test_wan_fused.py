@@ -254,6 +254,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_triton_kernels_give_the_same_block() -> None:
     """Interpreted, in a process of its own: how a kernel runs is settled when it is first imported."""

@@ -45,7 +45,7 @@ def measured(pipe, family, shape, *techniques):
         return measured_peaks(pipe, lambda: fast("a red ball", seed=1, **options))
 
 
-@pytest.mark.parametrize("shape", [WIDE, LONG])
+@pytest.mark.parametrize("shape", [WIDE, pytest.param(LONG, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("name", "settings"),
     [

@@ -67,7 +67,12 @@ def counted(trainer: DistillationTrainer, updates: int) -> float:
     return counter.get_total_flops() / updates
 
 
-@pytest.mark.parametrize("name", RECIPES)
+LONG = ("dmd2", "rcm", "tdm", "adversarial")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG[1:] else n for n in RECIPES]
+)
 def test_flops_are_those_of_real_updates(wan, name: str) -> None:
     known = inspect.signature(RECIPES[name]).parameters
     small = {k: v for k, v in {"substeps": 2, "ratio": 2}.items() if k in known and name != "adversarial"}
@@ -141,7 +146,7 @@ def test_activations_are_a_little_more_than_what_autograd_keeps(wan) -> None:
     assert held.bytes < found < 1.35 * held.bytes
 
 
-@pytest.mark.parametrize("name", ["lcm", "scm", "dmd2"])
+@pytest.mark.parametrize("name", ["lcm", *(pytest.param(n, marks=pytest.mark.slow) for n in ("scm", "dmd2"))])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_the_live_tensors_of_a_real_turn(wan, name: str, checkpointing: bool) -> None:
     recipe = RECIPES[name](steps=2)
@@ -164,6 +169,7 @@ def test_activations_are_the_live_tensors_of_a_real_turn(wan, name: str, checkpo
     assert told(wan, recipe, **options).parts["activations"] == pytest.approx(max(peaks), rel=0.1)
 
 
+@pytest.mark.slow
 def test_deep_models_are_told_by_shallow_ones(monkeypatch) -> None:
     pipe, recipe = models.pipeline("wan2.1", layers=5), RECIPES["lcm"]()
     assert _built(describe_pipeline(pipe), recipe) == (2, 3)
@@ -179,6 +185,7 @@ def test_deep_models_are_told_by_shallow_ones(monkeypatch) -> None:
     }
 
 
+@pytest.mark.slow
 def test_bf16_checkpointing_and_lora_change_what_they_should() -> None:
     model, recipe = describe("wan2.1-1.3b"), RECIPES["reflow"]()
     workload = model.workload(frames=17, height=240, width=416)

@@ -76,7 +76,7 @@ class Plan:
     def ordered(self) -> tuple[Technique, ...]:
         """Techniques in the order of application; ones that stand at identity are left out."""
         active = (t for t in self.techniques if not t.is_identity)
-        return tuple(sorted(active, key=lambda t: (t.card.stage.number, t.order, t.card.name)))
+        return tuple(sorted(active, key=lambda t: (t.card.stage.number, t.within_stage, t.card.name)))
 
     # -- files ------------------------------------------------------------------------------------------------
 

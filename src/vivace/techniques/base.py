@@ -346,7 +346,7 @@ class Technique(Config):
     card: ClassVar[Card]
     dry: ClassVar[bool] = False
     """Whether its memory is counted by running it on the meta device (`vivace.plans.dry_run`), beside `memory`."""
-    order: ClassVar[int] = 0
+    within_stage: ClassVar[int] = 0
     """Within a stage, smaller first."""
 
     @classmethod

@@ -63,8 +63,8 @@ def test_an_encoding_vae_in_training_decodes_itself(file):
             assert torch.equal(pipe.vae.decode(z).sample, want)
 
 
-def test_the_packaged_decoder_is_nearly_as_good_as_the_full_one(tiny):
-    from vivace.models import tiny_decoder
+def test_the_packaged_decoder_is_nearly_as_good_as_the_full_one():
+    from vivace.tiny.load import load_tiny
     from vivace.tiny.train.clips import ClipShape, to_model
     from vivace.tiny.train.seeds import held_out
     from vivace.tiny.whole_clip import encode_moments
@@ -73,7 +73,7 @@ def test_the_packaged_decoder_is_nearly_as_good_as_the_full_one(tiny):
     video, _ = ClipShape(frames=9, height=64, width=64).draw(
         sample_scenes(held_out("dev", 3)), torch.device("cpu")
     )
-    clips, vae = to_model(video), tiny.vae.float()
+    clips, vae = to_model(video), load_tiny(torch.float32).vae
     small = tiny_decoder.load(tiny_decoder.find("embedded")).float()
 
     def psnr(shown: torch.Tensor) -> float:

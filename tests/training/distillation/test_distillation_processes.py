@@ -18,10 +18,8 @@ UPDATES = {"dmd2": 4, "pcm": 3}
 LEAVES = "exp_avg", "exp_avg_sq"
 
 
-@pytest.fixture(scope="module")
-def both(small, tmp_path_factory):
-    """A folder with what two processes left behind, in one go, as their start takes longest."""
-    folder = tmp_path_factory.mktemp("two")
+def jobs_in(folder, small):
+    """A maker of jobs that write into a folder."""
     options = {"model": str(small), "clips": 6, "size": [9, 32, 32], "captions": 2, "steps": 6, "batch": 2}
 
     def job(recipe, name, stop=None, settings=None, keep=True, **more):
@@ -34,9 +32,25 @@ def both(small, tmp_path_factory):
             "keep": str(folder / f"{name}.kept") if keep and stop else None,
         }
 
-    jobs = [job(name, name, UPDATES[name]) for name in TWO]
+    return job
+
+
+@pytest.fixture(scope="module")
+def both(small, tmp_path_factory):
+    """A folder with what two processes left behind, in one go, as their start takes longest."""
+    folder = tmp_path_factory.mktemp("two")
+    job = jobs_in(folder, small)
+    finish(start([job(name, name, UPDATES[name]) for name in TWO], folder / "jobs.json", 2))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def spread(small, tmp_path_factory):
+    """The same of spread weights, and of two that are to stop together."""
+    folder = tmp_path_factory.mktemp("spread")
+    job = jobs_in(folder, small)
     # A patience of one validation that never gets better stops both, or one waits for the other for ever.
-    jobs.append(job("lcm", "patient", steps=20, patience=1, validate_every=1e-9))
+    jobs = [job("lcm", "patient", steps=20, patience=1, validate_every=1e-9)]
     jobs.append(job("pcm", "spread", 2, fsdp=True))
     jobs.append(job("pcm", "spread", 4, fsdp=True))
     jobs.append(job("pcm", "spread", fsdp=True, validate_every=1e-9, store="bf16"))
@@ -84,8 +98,9 @@ def test_two_processes_are_one_with_twice_the_batch(both, small, tmp_path, name)
     assert far(alone, of(half.with_suffix(".ckpt")))[0] > 3e-6
 
 
-def test_patience_ends_a_run_in_all_processes(both):
-    record = json.loads((both / "patient.json").read_text())
+@pytest.mark.slow
+def test_patience_ends_a_run_in_all_processes(spread):
+    record = json.loads((spread / "patient.json").read_text())
     # Several processes look every five updates; the first validation is the best until one is better.
     updates = [v["update"] for v in record["validations"]]
     assert updates == [5 * (i + 1) for i in range(len(updates))]
@@ -95,28 +110,31 @@ def test_patience_ends_a_run_in_all_processes(both):
     assert record["finished"]
 
 
-def test_spread_weights_are_copied_weights(both):
-    assert far(of(both / "spread.kept"), of(both / "copied.kept"), LEAVES)[0] < 1e-5
-    one, two = load_file(both / "spread.safetensors"), load_file(both / "copied.safetensors")
+@pytest.mark.slow
+def test_spread_weights_are_copied_weights(spread):
+    assert far(of(spread / "spread.kept"), of(spread / "copied.kept"), LEAVES)[0] < 1e-5
+    one, two = load_file(spread / "spread.safetensors"), load_file(spread / "copied.safetensors")
     assert one.keys() == two.keys()
     assert (
         max(float((one[k].float() - two[k].float()).abs().max()) for k in one) < 1e-2
     )  # a step of bf16 at 1
-    record = json.loads((both / "spread.json").read_text())
+    record = json.loads((spread / "spread.json").read_text())
     assert [v["update"] for v in record["validations"]] == [5]
 
 
-def test_spread_critic_head_and_lora(both):
-    spread, copied = of(both / "spread-dmd2.kept"), of(both / "copied-dmd2.kept")
+@pytest.mark.slow
+def test_spread_critic_head_and_lora(spread):
+    spread, copied = of(spread / "spread-dmd2.kept"), of(spread / "copied-dmd2.kept")
     assert far(spread, copied, LEAVES)[0] < 1e-5
     names = [k for k in flat(spread) if k.startswith(".modules")]
     assert any("lora_A" in k for k in names)
     assert any(k.startswith(".modules.critic.1.") for k in names)
 
 
-def test_a_checkpoint_of_spread_weights_is_taken_up_by_others(both, small, tmp_path):
+@pytest.mark.slow
+def test_a_checkpoint_of_spread_weights_is_taken_up_by_others(spread, small, tmp_path):
     """One format: whole tensors. Only the number of processes must be the same, as batches depend on it."""
-    state = of(both / "spread.kept")
+    state = of(spread / "spread.kept")
     from distilling import trainer_of
 
     trainer = trainer_of("pcm")
@@ -124,8 +142,9 @@ def test_a_checkpoint_of_spread_weights_is_taken_up_by_others(both, small, tmp_p
     assert far(trainer.state_dict(), state, LEAVES)[0] == 0.0
 
 
-def test_differences_work_on_spread_weights(both):
-    found = of(both / "difference.kept")["modules"]["student"][0]
+@pytest.mark.slow
+def test_differences_work_on_spread_weights(spread):
+    found = of(spread / "difference.kept")["modules"]["student"][0]
     assert any("second_time" in k and bool(v.any()) for k, v in found.items() if "linear_2" in k)
 
 

@@ -36,8 +36,31 @@ def same_file(one, two):
 
 
 @pytest.fixture(scope="module")
+def others(small, tmp_path_factory):
+    """As `taken_up`, of the recipes that need less."""
+    folder = tmp_path_factory.mktemp("others")
+    finish(start(in_parts(folder, small, ("meanflow", "lcm")), folder / "jobs.json"))
+    return folder
+
+
+def in_parts(folder, small, names):
+    """Runs `whole` and `parts` of recipes, and returns what a fresh process has to go on with."""
+    options = {"model": str(small), "clips": 6, "size": [9, 32, 32], "batch": 2, "captions": 3, "steps": 6}
+    jobs = []
+    for name in names:
+        more = CASES[name]
+        distil(name, small, folder / f"{name}-whole.safetensors", 4, **more)
+        distil(name, small, folder / f"{name}-parts.safetensors", 2, **more)
+        out = {"out": str(folder / f"{name}-parts.safetensors")}
+        own = {k: v for k, v in more.items() if k != "settings"}
+        job = {"recipe": name, "settings": more.get("settings", {}), "choices": options | own | out}
+        jobs.append(job | {"stop_after": 4})
+    return jobs
+
+
+@pytest.fixture(scope="module")
 def taken_up(small, tmp_path_factory):
-    """By name: the folder with `whole` (never interrupted) and `parts` (stopped, or killed, and taken up)."""
+    """The folder with `whole` (never interrupted) and `parts` (stopped, or killed, and taken up) of DMD2."""
     folder = tmp_path_factory.mktemp("resume")
     monkey = pytest.MonkeyPatch()
     monkey.setattr(watch, "CURVE_EVERY", 0.0)
@@ -47,13 +70,7 @@ def taken_up(small, tmp_path_factory):
     victim["choices"] = options | {"out": str(folder / "killed.safetensors"), "steps": 16, "save_every": 0.0}
     process = start([victim], folder / "victim.json")[0]
     jobs = [victim | {"choices": victim["choices"] | {"save_every": 120.0}}]
-    for name, more in CASES.items():
-        distil(name, small, folder / f"{name}-whole.safetensors", 4, **more)
-        distil(name, small, folder / f"{name}-parts.safetensors", 2, **more)
-        out = {"out": str(folder / f"{name}-parts.safetensors")}
-        own = {k: v for k, v in more.items() if k != "settings"}
-        job = {"recipe": name, "settings": more.get("settings", {}), "choices": options | own | out}
-        jobs.append(job | {"stop_after": 4})
+    jobs += in_parts(folder, small, ["dmd2"])
     distil("dmd2", small, folder / "killed-whole.safetensors", **KILLED)
     until = time.monotonic() + 120
     while not (folder / "killed.ckpt").exists() and time.monotonic() < until:
@@ -69,8 +86,16 @@ def taken_up(small, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_all_state_is_bit_equal_after_a_fresh_process(taken_up, small, name):
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("dmd2", "taken_up"),
+        pytest.param("meanflow", "others", marks=pytest.mark.slow),
+        pytest.param("lcm", "others", marks=pytest.mark.slow),
+    ],
+)
+def test_all_state_is_bit_equal_after_a_fresh_process(request, small, name, where):
+    taken_up = request.getfixturevalue(where)
     one, two = (checkpoint(taken_up / f"{name}-{kind}.ckpt") for kind in ("whole", "parts"))
     assert one["step"] == two["step"] == 4
     assert equal(one["trainer"], two["trainer"]) == ""

@@ -143,7 +143,8 @@ def test_choices_that_cannot_be_are_refused_at_once(small, tmp_path):
         ({"store": "int8-delta:2"}, "stored as"),
         ({"batch": 0}, "nothing to train"),
         ({"patience": 2}, "patience counts"),
-        ({"captions": 0}, "1 or more"),
+        ({"captions": -1}, "0 or more"),
+        ({"captions": 0, "validate_every": 1.0}, "need captions"),
         ({"lora": -1}, "0 or more"),
     ]
     for more, what in wrong:

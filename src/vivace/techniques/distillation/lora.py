@@ -87,7 +87,7 @@ class Lora(Technique):
         ),
     )
 
-    order: ClassVar[int] = 1
+    within_stage: ClassVar[int] = 1
 
     path: str = ""
     """A .safetensors file, a folder with one, or the name of a public LoRA."""
