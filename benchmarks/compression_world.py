@@ -1,6 +1,6 @@
 """Model compression on the embedded model under one protocol: formats, tokens, pruning, decoding, and combinations.
 
-    python benchmarks/compression_world.py --out OUT --jobs 12 --limit 50 --no-videos
+    python benchmarks/compression_world.py --out OUT --limit 50 --no-videos
     python benchmarks/compression_table.py OUT --json compression.json
     python benchmarks/composition.py OUT --json composition.json
 

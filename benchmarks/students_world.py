@@ -1,6 +1,6 @@
 """Few-step students of the embedded model under one protocol, beside the teacher with as few steps.
 
-    python benchmarks/students_world.py --out OUT --weights STUDENTS --jobs 12 --limit 0 --no-videos
+    python benchmarks/students_world.py --out OUT --weights STUDENTS --limit 0 --no-videos
     python benchmarks/students_world.py --out OUT --weights STUDENTS --task world-motion@1 --limit 0 --no-videos
 
 Run it from the repository's root. The exact run, 50 steps with guidance, is always the baseline. Every student file in

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 import vivace.evaluation.video
 from vivace.core.errors import VivaceError
 from vivace.evaluation.bench import Bench, Options
@@ -31,7 +33,12 @@ def parser(doc: str | None, parts: Sequence[str]) -> argparse.ArgumentParser:
     out.add_argument("--task", default="world-short@1")
     out.add_argument("--device", default="cuda")
     out.add_argument("--limit", type=int, default=50, help="prompts, of two clips each; 0: all")
-    out.add_argument("--jobs", type=int, default=12, help="processes, dealt out over all visible GPUs")
+    out.add_argument(
+        "--jobs",
+        type=int,
+        default=2 * max(1, torch.cuda.device_count()),
+        help="processes, dealt out over all visible GPUs; more than two a GPU take turns and are slower together",
+    )
     out.add_argument("--threads", type=int, default=2, help="of each process")
     out.add_argument("--metrics", nargs="+", default=METRICS)
     out.add_argument(NO_VIDEOS, action="store_true", help="keep no clips for the eye")
