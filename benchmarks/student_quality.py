@@ -5,8 +5,8 @@
 For every caption there is a render that shows it. Of exact (50 steps with guidance), of the teacher with few steps and
 of every student in `--weights`:
 
-- `distance`: unbiased squared kernel distance (KID's kernel) of the verifier's features to those of renders, tables of
-  `--count` clips each, with a bootstrap interval over clips; `ratio` is over that of exact. `floor` is what other
+- `distance`: unbiased squared kernel distance (KID's kernel) of the verifier's features to those of renders, scaled as in
+  the metric `verifier_distance`, tables of `--count` clips each, with a bootstrap interval over clips; `ratio` is over that of exact. `floor` is what other
   renders of as many captions have.
 - `attributes` and `motion`: share of captions' attributes, and of their motions, that the verifier sees.
 - `dynamic`: share of clips in which something moves, by the metric `dynamic_degree`, on the first `--various` clips.
@@ -33,6 +33,7 @@ import vivace
 from vivace.core.env import environment
 from vivace.evaluation.metrics.base import Context
 from vivace.evaluation.metrics.dynamic_degree import DynamicDegree
+from vivace.evaluation.metrics.verifier_distance import SPREAD
 from vivace.evaluation.two_sample import mmd2
 from vivace.plans.plan import Plan
 from vivace.tiny.train.clips import ClipShape
@@ -86,7 +87,7 @@ def examined(
             first = part[: moving - at].float() / 255.0
             dynamic += metric.sample(first, Context(fps=8.0))["dynamic_degree"]
         at += len(part)
-    table = np.concatenate(features).astype(np.float64)
+    table = np.concatenate(features).astype(np.float64) / SPREAD
     return {
         "features": table,
         "attributes": right / max(1, asked),
@@ -114,7 +115,7 @@ def various(make: Make, prompts: list[str], seeds: int, verifier: Verifier, batc
     for start in range(0, len(wanted), batch):
         part = wanted[start : start + batch]
         rows.append(verifier.features(make([p for p, _ in part], [s for _, s in part])).cpu())
-    table = torch.cat(rows).float().view(len(prompts), seeds, -1)
+    table = torch.cat(rows).float().view(len(prompts), seeds, -1) / SPREAD
     distances = torch.cdist(table, table)
     return float(distances.sum() / (len(prompts) * seeds * (seeds - 1)))
 
