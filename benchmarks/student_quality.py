@@ -5,9 +5,9 @@
 For every caption there is a render that shows it. Of exact (50 steps with guidance), of the teacher with few steps and
 of every student in `--weights`:
 
-- `distance`: unbiased squared kernel distance (KID's kernel) of the verifier's features to those of renders, scaled as in
-  the metric `verifier_distance`, tables of `--count` clips each, with a bootstrap interval over clips; `ratio` is over that of exact. `floor` is what other
-  renders of as many captions have.
+- `distance`: unbiased squared kernel distance (KID's kernel) of the verifier's features to those of renders, scaled as
+  in the metric `verifier_distance`, tables of `--count` clips each, with a bootstrap interval over clips; `ratio` is
+  over that of exact. `floor` is what other renders of as many captions have.
 - `attributes` and `motion`: share of captions' attributes, and of their motions, that the verifier sees.
 - `dynamic`: share of clips in which something moves, by the metric `dynamic_degree`, on the first `--various` clips.
 - `diversity`: mean distance of the verifier's features between clips of one caption with different noise, `--seeds`
