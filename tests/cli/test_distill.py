@@ -46,6 +46,17 @@ def test_a_student_its_plan_and_the_line_that_uses_it(vivace, here: Path, few_ca
     assert json.loads((here / "clip.receipt.json").read_text())["nfe"] == 2
 
 
+def test_clips_of_a_folder_have_their_own_size(vivace, here: Path, few_captions) -> None:
+    made = vivace("encode", "--from", "world", "--out", "d", "--count", "2", "--size", "9", "32", "32")
+    assert made.code == 0, made.err
+    told = ("distill", "--recipe", "pcm", "--data", "d", "--updates", "1", "--batch", "1", "--device", "cpu")
+    wrong = vivace(*told, "--size", "9", "64", "64", "--out", "a.safetensors")
+    assert (wrong.code, "are 9x32x32" in wrong.err) == (2, True), wrong.err
+    run = vivace(*told, "--out", "b.safetensors")
+    assert run.code == 0, run.err
+    assert json.loads((here / "b.json").read_text())["choices"]["size"] == [9, 32, 32]
+
+
 def test_an_interrupted_run_says_what_is_kept(vivace, here: Path, monkeypatch) -> None:
     def stopped(recipe, choices, processes):
         raise KeyboardInterrupt

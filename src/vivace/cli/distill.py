@@ -74,7 +74,7 @@ def distill(
         tuple[int, int, int] | None,
         typer.Option(
             metavar="FRAMES HEIGHT WIDTH",
-            help="Of the clips  \\[default: the model's]",
+            help="Of the clips  \\[default: those of --data, else the model's]",
             show_default=False,
             rich_help_panel=DATA,
         ),
@@ -214,7 +214,7 @@ def distill(
         data=data,
         clips=clips,
         data_minutes=data_minutes,
-        size=_shape(model, size),
+        size=_shape(model, size or _of_data(data)),
         batch=batch,
         minutes=MINUTES if minutes is None else minutes,
         steps=updates,
@@ -303,6 +303,20 @@ def _value(key: str, text: str, kind: Any) -> Any:
     }
     wanted = " or ".join(words.get(k, str(k)) for k in kinds)
     raise ConfigError(f"--set {key} takes {wanted}, not '{text}'.")
+
+
+def _of_data(data: Path | None) -> tuple[int, int, int] | None:
+    """Frames, height and width of a folder's clips; None without a folder.
+
+    Raises:
+        VivaceError: there are no training data.
+    """
+    if data is None:
+        return None
+    from vivace.training.data.shards import Head
+
+    clip = Head.read(data).clip
+    return clip["frames"], clip["height"], clip["width"]
 
 
 def _shape(model: str, size: tuple[int, int, int] | None) -> tuple[int, int, int]:

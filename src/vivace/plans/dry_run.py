@@ -174,7 +174,7 @@ def dry_run(
         with accelerate(loop, Plan(mine), model=short, counters=False) as session:
             loop.store = session.store
             loop(num_inference_steps=steps)
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         raise CannotTell(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
     return loop.taken
 

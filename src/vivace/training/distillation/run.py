@@ -287,6 +287,13 @@ def gather(
     """
     if choices.data is not None:
         found = LatentShards.open(choices.data, encoder.pipeline, any_teacher="noise" not in recipe.fields)
+        frames, height, width = (found.head.clip[name] for name in ("frames", "height", "width"))
+        if (frames, height, width) != choices.size:
+            asked = "x".join(map(str, choices.size))
+            raise ConfigError(
+                f"the clips in {choices.data} are {frames}x{height}x{width}, and {asked} were asked for; leave the "
+                "size, or encode such clips."
+            )
         small = found.bytes < 2 * 1024**3 and encoder.device.type == "cuda"
         return (found.load(encoder.device, recipe.fields) if small else found), found.hash
     if "noise" in recipe.fields:
