@@ -133,6 +133,10 @@ class BlockCall:
             return value.index_select(0, index) if batched else value
 
         chosen = {name: take(self.values[name]) for name in self.layout.batched if name in self.values}
+        rotary = self.values.get(self.layout.rotary)
+        # Positions (S, D) or (1, S, ...) are of all rows; whoever merged tokens row by row gave every row its own.
+        if isinstance(rotary, tuple) and all(hasattr(part, "ndim") and part.ndim > 2 for part in rotary):
+            chosen[self.layout.rotary] = take(rotary)
         return BlockCall(self.layout, self.values | chosen, self.signature)
 
 

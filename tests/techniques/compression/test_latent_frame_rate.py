@@ -152,6 +152,28 @@ def test_caches_begin_anew_where_the_number_of_frames_changes() -> None:
     assert torch.isfinite(latents(out)).all()
 
 
+def test_samples_that_a_cache_skips_apart_keep_their_own_positions() -> None:
+    """A cache that runs blocks for some samples only must hand them the positions of those samples."""
+    prompts, seeds = ["a red sphere", "two blue cubes roll left", "a green cone"], [1, 2, 3]
+    plan = Plan(
+        [
+            LatentFrameRate(share=0.4, probe=3, full_last=1),
+            FirstBlockCache(threshold=0.15, warmup=1, tail=0),
+        ]
+    )
+    call = models.call("wan2.1") | CALL | {"output_type": "latent", "num_inference_steps": 12}
+    call.pop("prompt", None)
+    pipe = models.pipeline("wan2.1")
+    with accelerate(pipe, plan) as fast:
+        both = fast(prompts, seed=seeds, **call)
+        alone = [fast(p, seed=s, **call) for p, s in zip(prompts, seeds, strict=True)]
+    actions = [[step.branches[0].action for step in one.receipt.steps] for one in alone]
+    assert any(len({row[i] for row in actions}) > 1 for i in range(4, 11)), actions
+    torch.testing.assert_close(
+        latents(both), torch.cat([latents(one) for one in alone]), rtol=1e-3, atol=1e-3
+    )
+
+
 def test_receipt_prices_all_frames() -> None:
     exact = generate(models.pipeline("wan2.1"), []).receipt
     fast = generate(models.pipeline("wan2.1"), [LatentFrameRate(share=0.4, probe=2, full_last=1)]).receipt
