@@ -92,29 +92,31 @@ def test_full_weights_in_int8_and_bf16(tmp_path):
             assert torch.equal(codes[name], value)
 
 
-def test_a_low_rank_delta_is_found_and_a_full_one_is_cut(tmp_path):
+@pytest.mark.parametrize("kind", ["lora", "int8-lora"])
+def test_a_low_rank_delta_is_found_and_a_full_one_is_cut(tmp_path, kind):
     base = base_state()
     name, generator = "blocks.0.to_q.weight", torch.Generator().manual_seed(3)
     low = torch.randn(24, 3, generator=generator) @ torch.randn(3, 16, generator=generator)
     exact = base | {name: base[name] + 0.1 * low}
-    found = read(save_student(tmp_path / "a.safetensors", exact, base, Artifact(), "lora:3"), base)
-    assert error(found, exact, base, name) < 0.01  # the factors are bf16
+    found = read(save_student(tmp_path / "a.safetensors", exact, base, Artifact(), f"{kind}:3"), base)
+    assert error(found, exact, base, name) < (0.01 if kind == "lora" else 0.02)  # the factors are rounded
     student, errors = student_of(base), []
     for rank in (1, 4, 12):
-        path = save_student(tmp_path / f"{rank}.safetensors", student, base, Artifact(), f"lora:{rank}")
+        path = save_student(tmp_path / f"{rank}.safetensors", student, base, Artifact(), f"{kind}:{rank}")
         found = read(path, base)
         singular = torch.linalg.svdvals(student[name] - base[name])
         best = float(singular[rank:].norm() / singular.norm())
         errors.append(error(found, student, base, name))
         assert errors[-1] == pytest.approx(best, abs=0.01)
-        assert torch.allclose(found["patch.weight"], student["patch.weight"], atol=1e-6)
+        near = 1e-6 if kind == "lora" else 0.01  # small deltas are in bf16 where factors are codes
+        assert torch.allclose(found["patch.weight"], student["patch.weight"], atol=near)
         assert student_shapes([path])[name] == (24, 16)
     assert errors == sorted(errors, reverse=True)
 
 
 def test_second_time_is_kept_as_it_is(tmp_path):
     base, extra = base_state(), {"second_time.linear_1.weight": torch.randn(4, 4)}
-    for store in ("int8-delta", "int8", "lora:2"):
+    for store in ("int8-delta", "int8", "lora:2", "int8-lora:2"):
         path = save_student(
             tmp_path / f"{store[:4]}.safetensors", student_of(base) | extra, base, Artifact(), store
         )
@@ -208,7 +210,7 @@ def test_students_that_do_not_add_are_refused(tmp_path):
         merge_students([first, full], [1.0, 1.0], out)
     with pytest.raises(ConfigError, match="one weight for each"):
         merge_students([first], [1.0, 2.0], out)
-    with pytest.raises(ConfigError, match="int8-delta or lora"):
+    with pytest.raises(ConfigError, match="int8-delta, lora"):
         merge_students([first], [1.0], out, store="bf16")
     times = [
         save_student(

@@ -56,7 +56,10 @@ def distill(
     ] = 0,
     store: Annotated[
         str,
-        typer.Option(help="What is written: int8-delta, int8, bf16, or lora:RANK.", rich_help_panel=STUDENT),
+        typer.Option(
+            help="What is written: int8-delta, int8, bf16, lora:RANK or int8-lora:RANK.",
+            rich_help_panel=STUDENT,
+        ),
     ] = "int8-delta",
     init: Annotated[
         Path | None,

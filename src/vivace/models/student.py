@@ -6,6 +6,7 @@ is one of
     NAME                                its values as they are (with int8 codes also NAME::scale, a row each)
     NAME::delta                         student - base (with int8 codes also NAME::scale)
     NAME::down (r, in), NAME::up (out, r)   student - base as a product up @ down
+                                            (with int8 codes up @ diag (NAME::scale) @ down)
 
 Tensors that a delta file does not name are the base's own. Codes are symmetric with one scale for an output channel.
 A file without a head is a plain set of weights and reads as one. `second_time.*` are the weights of a flow map's second
@@ -19,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +36,9 @@ from vivace.models.pruned_file import quantised
 from vivace.models.student_artifact import KEY, SPARSE, Artifact, metadata
 
 HEAD, FORM, VERSION = "vivace_student", "vivace-student", 1
-STORES = ("int8-delta", "int8", "bf16", "lora:RANK")
+STORES = ("int8-delta", "int8", "bf16")
+"""Beside these `lora:RANK` and `int8-lora:RANK`."""
+LORA = re.compile(r"(int8-)?lora:([1-9][0-9]*)")
 EXTRA = ("second_time.", SPARSE)
 """Names that a base does not have begin so."""
 DELTA, SCALE, DOWN, UP = "::delta", "::scale", "::down", "::up"
@@ -55,7 +59,7 @@ class Head:
     @property
     def is_delta(self) -> bool:
         """Whether the file holds only what a student adds to its base."""
-        return self.store == "int8-delta" or self.store.startswith("lora:")
+        return self.store == "int8-delta" or LORA.fullmatch(self.store) is not None
 
 
 def students_folder() -> Path:
@@ -103,14 +107,15 @@ def save_student(
         base_state: of the teacher, for the stores that hold deltas; else it is not used.
         artifact: goes into the file's metadata.
         store: `int8-delta`, `int8` (codes for weights of two and more dimensions, the rest as it is), `bf16`, or
-            `lora:RANK` (deltas of matrices by singular values, the other deltas in full).
+            `lora:RANK` (deltas of matrices by singular values in bf16, the other deltas in full), `int8-lora:RANK` (the
+            same with codes for the singular vectors, the other deltas in bf16).
 
     Raises:
         ConfigError: there is no such store.
         WeightsError: a delta is wanted and the base is missing or of other names or shapes.
     """
     head = Head(store)
-    rank = _rank(store)
+    check_store(store)
     if not head.is_delta:
         tensors = _whole(student_state, store)
         return _write(path, tensors, head, artifact)
@@ -129,7 +134,7 @@ def save_student(
             plain[name] = value
         elif not torch.equal(value, base_state[name].to(value)):
             deltas[name] = value.detach().float() - base_state[name].detach().to(value.device).float()
-    tensors = {k: v.detach().cpu().contiguous() for k, v in plain.items()} | _packed(deltas, rank)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in plain.items()} | _packed(deltas, store)
     return _write(path, tensors, Head(store, weights_hash(base_state)), artifact)
 
 
@@ -147,7 +152,7 @@ def merge_students(
     Args:
         paths, weights: the students and the factors of their deltas.
         out: the file to write.
-        store: `int8-delta` or `lora:RANK`.
+        store: `int8-delta`, `lora:RANK` or `int8-lora:RANK`.
         artifact: of the new file; left out, the first one's that says how to sample, with `recipe` `merge`.
         base_state: the base's weights; needed where a file holds full weights.
 
@@ -159,9 +164,9 @@ def merge_students(
         raise ConfigError(
             f"{len(paths)} students and {len(weights)} weights; give one weight for each student."
         )
-    rank = _rank(store)
+    check_store(store)
     if not Head(store).is_delta:
-        raise ConfigError("a merged student is stored as int8-delta or lora:RANK.")
+        raise ConfigError("a merged student is stored as int8-delta, lora:RANK or int8-lora:RANK.")
     files, known = [Path(p) for p in paths], "" if base_state is None else weights_hash(base_state)
     total: dict[str, Tensor] = {}
     plain: dict[str, Tensor] = {}
@@ -186,7 +191,7 @@ def merge_students(
                 )
             else:
                 plain[name] = delta
-    return _write(out, plain | _packed(total, rank), Head(store, known), artifact or _merged(files, weights))
+    return _write(out, plain | _packed(total, store), Head(store, known), artifact or _merged(files, weights))
 
 
 def _merged(files: Sequence[Path], weights: Sequence[float]) -> Artifact:
@@ -201,14 +206,21 @@ def _merged(files: Sequence[Path], weights: Sequence[float]) -> Artifact:
     return dataclasses.replace(first, recipe="merge", settings=settings, attention=attention, linears=linears)
 
 
+def check_store(store: str) -> None:
+    """Refuse a way to store students that there is not.
+
+    Raises:
+        ConfigError: as said; the sentence lists the ways.
+    """
+    if store not in STORES and not LORA.fullmatch(store):
+        ways = ", ".join((*STORES, "lora:RANK", "int8-lora:RANK"))
+        raise ConfigError(f"a student is stored as one of {ways}, not {store!r}.")
+
+
 def _rank(store: str) -> int:
-    """Rank of a `lora:RANK` store; 0 for the others."""
-    kind, _, rank = store.partition(":")
-    if kind == "lora" and rank.isdigit() and int(rank) > 0:
-        return int(rank)
-    if store not in STORES[:-1]:
-        raise ConfigError(f"a student is stored as one of {', '.join(STORES)}, not {store!r}.")
-    return 0
+    """Rank of a store of factors; 0 for the others."""
+    found = LORA.fullmatch(store)
+    return int(found[2]) if found else 0
 
 
 def _whole(state: State, store: str) -> dict[str, Tensor]:
@@ -227,24 +239,33 @@ def _whole(state: State, store: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _packed(deltas: State, rank: int) -> dict[str, Tensor]:
-    """Deltas as int8 codes, or as factors of a rank; what is small anyway stays in float32."""
+def _packed(deltas: State, store: str) -> dict[str, Tensor]:
+    """Deltas as int8 codes, or as factors of a rank, also as codes; what is small anyway stays as it is."""
+    rank, codes = _rank(store), not store.startswith("lora")
     tensors: dict[str, Tensor] = {}
     for name, delta in deltas.items():
         matrix = name.endswith("weight") and (delta.ndim == 2 if rank else delta.ndim >= 2)
         if not matrix or (rank and rank >= min(delta.shape)):
-            tensors[name + DELTA] = delta.cpu().contiguous()
+            small = delta.bfloat16() if rank and codes else delta
+            tensors[name + DELTA] = small.cpu().contiguous()
         elif rank:
             up, down = _factors(delta, rank)
+            if codes:
+                # One scale for each singular vector: those of both factors can be multiplied.
+                (right, wide), (left, high) = quantised(down), quantised(up.mT)
+                up, down = left.mT, right
+                tensors[name + SCALE] = (wide * high).cpu()
+            else:
+                up, down = up.bfloat16(), down.bfloat16()
             tensors[name + DOWN], tensors[name + UP] = down.cpu().contiguous(), up.cpu().contiguous()
         else:
-            codes, scale = quantised(delta)
-            tensors[name + DELTA], tensors[name + SCALE] = codes.cpu().contiguous(), scale.cpu()
+            values, scale = quantised(delta)
+            tensors[name + DELTA], tensors[name + SCALE] = values.cpu().contiguous(), scale.cpu()
     return tensors
 
 
 def _factors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best up (out, r) @ down (r, in) of a matrix, the root of the singular values in each; bf16."""
+    """The best up (out, r) @ down (r, in) of a matrix, the root of the singular values in each."""
     if min(delta.shape) <= _EXACT_SVD:
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
     else:
@@ -253,7 +274,7 @@ def _factors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
             u, s, v = torch.svd_lowrank(delta, q=min(rank + 16, *delta.shape), niter=4)
         vh = v.mT
     root = s[:rank].sqrt()
-    return (u[:, :rank] * root).bfloat16(), (root[:, None] * vh[:rank]).bfloat16()
+    return u[:, :rank] * root, root[:, None] * vh[:rank]
 
 
 def _write(path: str | Path, tensors: dict[str, Tensor], head: Head, artifact: Artifact) -> Path:
@@ -344,9 +365,11 @@ def _deltas(file: Path, base_state: State | None) -> Iterator[tuple[str, Tensor]
 def _unpacked(reader: safe_open, keys: set[str], name: str) -> tuple[Tensor, bool]:
     """(values, whether they are a delta) of one tensor; codes and factors come out in float32."""
     if name + UP in keys:
-        return reader.get_tensor(name + UP).float() @ reader.get_tensor(name + DOWN).float(), True
+        up, down = reader.get_tensor(name + UP).float(), reader.get_tensor(name + DOWN).float()
+        return (up * reader.get_tensor(name + SCALE) if name + SCALE in keys else up) @ down, True
     is_delta = name + DELTA in keys
     value = reader.get_tensor(name + DELTA if is_delta else name)
+    value = value.float() if is_delta and value.dtype == torch.bfloat16 else value
     if name + SCALE in keys:
         value = value.float() * reader.get_tensor(name + SCALE).view(-1, *[1] * (value.ndim - 1))
     return value, is_delta

@@ -170,7 +170,7 @@ def test_the_sampler_it_was_trained_for_is_asked_for(tmp_path):
     assert [k for k, _, _ in problems(student, pipe)] == ["sigmas"]
 
 
-@pytest.mark.parametrize("store", ["int8-delta", "int8", "bf16", "lora:4"])
+@pytest.mark.parametrize("store", ["int8-delta", "int8", "bf16", "lora:4", "int8-lora:4"])
 def test_every_way_of_storing_runs_and_comes_back_bit_for_bit(store, tmp_path):
     pipe = pipeline("wan2.1")
     before = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from vivace.calibration.artifact import model_hash
 from vivace.core.digest import tensors_digest
 from vivace.core.errors import ConfigError, WeightsError
 from vivace.models import pruning, second_time
-from vivace.models.student import EXTRA, STORES, read_head, save_student, student_tensors, weights_hash
+from vivace.models.student import EXTRA, check_store, read_head, save_student, student_tensors, weights_hash
 from vivace.models.student_artifact import SPARSE, Artifact, architecture
 from vivace.tiny.train.clips import ClipShape
 from vivace.tiny.train.common import Budget, Processes, load_checkpoint, machine, write_json
@@ -54,7 +53,7 @@ class Choices:
         clips, data_minutes: how many clips to render, or as many as fit into the time.
         size: frames, height, width. batch: clips of an update in each process.
         minutes, steps: of training; `steps` (updates) wins.
-        lora: rank; 0 trains all weights. store: see `vivace.models.student.STORES`.
+        lora: rank; 0 trains all weights. store: see `vivace.models.student.save_student`.
         attention, density, block: sparse attention of the student (`student_forms.attention`); dense where empty.
         linears: rounded linear layers of the student (`student_forms.linears`); exact where empty.
         fsdp: spread weights, gradients and optimizers over the processes (see `sharding`); nothing in one process.
@@ -92,8 +91,7 @@ class Choices:
     def __post_init__(self) -> None:
         if self.out.suffix != ".safetensors":
             raise ConfigError(f"--out is the student file and ends in .safetensors, unlike {self.out}.")
-        if self.store not in STORES[:-1] and not re.fullmatch("lora:[1-9][0-9]*", self.store):
-            raise ConfigError(f"a student is stored as {', '.join(STORES)}, not {self.store}.")
+        check_store(self.store)
         if self.batch < 1 or (self.minutes if self.steps is None else self.steps) <= 0:
             raise ConfigError("nothing to train: give a batch of 1 or more, and minutes or steps above 0.")
         if self.clips < 1 or min(self.lora, self.captions) < 0:
