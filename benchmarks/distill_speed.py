@@ -127,7 +127,7 @@ def measure(options: argparse.Namespace, batch: int, roof: float) -> dict[str, A
     """One batch size."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     transformer, adapter, guidance = transformer_of(options.model)
-    recipe = find(options.recipe)(steps=4)
+    recipe = find(options.recipe)(steps=4, **({"ratio": options.ratio} if options.ratio else {}))
     frames, height, width = options.shape
     config = transformer.config
     scale = 16 if options.model == "tiny" else 8
@@ -214,6 +214,7 @@ def main() -> None:
     words.add_argument("--compile", action="store_true")
     words.add_argument("--profile", action="store_true")
     words.add_argument("--attention", choices=("auto", "cudnn"), default="auto", help="torch's fused kernel")
+    words.add_argument("--ratio", type=int, default=0, help="updates of the critic for one of the student")
     words.add_argument("--repeats", type=int, default=5)
     words.add_argument("--out", type=Path, required=True)
     options = words.parse_args()

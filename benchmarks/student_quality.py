@@ -13,7 +13,8 @@ of every student in `--weights`:
 - `diversity`: mean distance of the verifier's features between clips of one caption with different noise, `--seeds`
   clips of each of `--various` captions; over that of exact it is `diversity_ratio`.
 
-Features of exact and of the renders are kept in `--cache` and are used again.
+Features of the renders are kept in `--cache` and are used again. Rows that `--out` has already, of the same settings
+and the same file of weights, are kept too.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from vivace.evaluation.metrics.verifier_distance import SPREAD
 from vivace.evaluation.two_sample import mmd2
 from vivace.plans.plan import Plan
 from vivace.tiny.train.clips import ClipShape
+from vivace.training.distillation.run import digest
 from vivace.world import caption, parse_prompt, sample_scenes
 from vivace.world.splits import TEST
 from vivace.world.verifier import Verifier
@@ -124,7 +126,7 @@ def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--weights", type=Path, help="folder of student files")
     words.add_argument("--out", type=Path, required=True)
-    words.add_argument("--cache", type=Path, help="features of exact and renders (.npz)")
+    words.add_argument("--cache", type=Path, help="features of the renders (.npz)")
     words.add_argument("--count", type=int, default=2048)
     words.add_argument("--various", type=int, default=96)
     words.add_argument("--seeds", type=int, default=4)
@@ -145,10 +147,14 @@ def main() -> None:
         }
     record: dict[str, Any] = {
         "benchmark": "students against renders",
-        "options": {k: v for k, v in vars(options).items() if k not in ("out", "weights", "cache")},
+        "options": {k: v for k, v in vars(options).items() if k not in ("out", "weights", "cache", "only")},
         "environment": environment(options.device),
         "rows": {},
     }
+    if options.out.is_file():
+        before = json.loads(options.out.read_text())
+        if all(before[k] == record[k] for k in ("options", "environment")):
+            record["rows"] = before["rows"]
     cached = dict(np.load(options.cache)) if options.cache is not None and options.cache.is_file() else {}
 
     def kept(name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -165,6 +171,9 @@ def main() -> None:
     others = kept("others", lambda: of(scenes(options.count, OTHERS)))
     record["floor"] = mmd2(others, real)
     for name, plan in contenders.items():
+        weights = digest(options.weights / f"{name}.safetensors") if name in known["students"] else ""
+        if record["rows"].get(name, {}).get("weights") == weights:
+            continue
         started, make = time.perf_counter(), maker(pipeline, plan)
 
         def clips(make: Make = make) -> Iterable[torch.Tensor]:
@@ -175,6 +184,7 @@ def main() -> None:
         row = examined(clips(), prompts, verifier, options.various)
         table = row.pop("features")
         row |= {
+            "weights": weights,
             "distance": mmd2(table, real),
             "distance_interval": interval(table, real),
             "diversity": various(make, prompts[: options.various], options.seeds, verifier, options.batch),
@@ -184,7 +194,7 @@ def main() -> None:
         row["ratio"] = row["distance"] / exact["distance"]
         row["diversity_ratio"] = row["diversity"] / exact["diversity"]
         record["rows"][name] = row
-        print(name, {k: v if isinstance(v, list) else v and round(v, 5) for k, v in row.items()}, flush=True)
+        print(name, {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
         options.out.write_text(json.dumps(record, indent=1) + "\n")
     if options.cache is not None:
         np.savez_compressed(options.cache, **cached)

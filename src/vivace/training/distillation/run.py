@@ -199,7 +199,9 @@ def run(
         choices,
         recipe,
         trainer,
-        Validation(encoder, shape, choices.captions) if choices.captions else None,
+        Validation(encoder, shape, choices.captions, choices.batch if choices.compile else 0)
+        if choices.captions
+        else None,
         processes,
         {"settings": settings, "data": {"clips": len(data), "hash": data.hash}},
         state,

@@ -21,7 +21,7 @@ from vivace.training.distillation.team import Team
 from vivace.world import sample_scenes
 
 PORTION = 16
-"""Clips made at a time; which, does not matter to what is made."""
+"""Clips made at a time; how many, does not matter to what is made."""
 SHOWN = 6
 """Rows of a sheet."""
 
@@ -32,11 +32,14 @@ class Validation:
 
     Args:
         encoder: of the pipeline, on the device. shape: of the clips. count: of captions.
+        portion: clips made at a time, the last ones filled up: compiled blocks know one size, that of
+            training; 0 for a few.
     """
 
     encoder: Encoder
     shape: ClipShape
     count: int = 32
+    portion: int = 0
 
     def __post_init__(self) -> None:
         self.scenes = sample_scenes(held_out("dev", self.count))
@@ -53,10 +56,11 @@ class Validation:
     def __call__(self, team: Team, recipe: Recipe, sheet: Path | None = None) -> dict[str, float]:
         """`accuracy`: mean share of right attributes, 0 to 1. Writes a sheet of renders and what the student made."""
         device, clips = self.encoder.device, []
-        for start in range(0, self.count, PORTION):
-            rows = slice(start, start + PORTION)
+        portion = self.portion or PORTION
+        for start in range(0, self.count, portion):
+            rows = torch.arange(start, start + portion).clamp_max(self.count - 1)
             noise, text = self.noise[rows].to(device), self.text[rows].to(device)
-            clips.append(self.decode(sample(team, recipe, noise, text)))
+            clips.append(self.decode(sample(team, recipe, noise, text)[: self.count - start]))
         video = torch.cat(clips)
         if sheet is not None:
             shown = min(SHOWN, self.count)
