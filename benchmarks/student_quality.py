@@ -163,9 +163,8 @@ def main() -> None:
         return cached[name].astype(np.float64)
 
     def of(found: list[Any]) -> np.ndarray:
-        return np.concatenate(
-            [verifier.features(c).cpu().numpy() for c in rendered(found, options.device, 64)]
-        )
+        parts = [verifier.features(c).cpu().numpy() for c in rendered(found, options.device, 64)]
+        return np.concatenate(parts).astype(np.float64) / SPREAD
 
     real = kept("real", lambda: of(shown))
     others = kept("others", lambda: of(scenes(options.count, OTHERS)))
