@@ -33,6 +33,7 @@ from vivace.training.distillation.estimate import estimate
 from vivace.training.distillation.recipes import find
 from vivace.training.distillation.team import assemble
 from vivace.training.distillation.trainer import DistillationTrainer
+from vivace.training.fused_attention import choose_fastest
 from vivace.training.losses.paths import flow_matching_loss
 
 
@@ -130,8 +131,7 @@ def measure(options: argparse.Namespace, batch: int, roof: float) -> dict[str, A
     recipe = find(options.recipe)(steps=4, **({"ratio": options.ratio} if options.ratio else {}))
     frames, height, width = options.shape
     config = transformer.config
-    scale = 16 if options.model == "tiny" else 8
-    latent = (config.in_channels, (frames - 1) // 4 + 1, height // scale, width // scale)
+    latent = (config.in_channels, (frames - 1) // 4 + 1, height // 8, width // 8)
     length = 64 if options.model == "tiny" else 512
     rows = max(4, 2 * batch)
     data = MemorySet(
@@ -142,7 +142,14 @@ def measure(options: argparse.Namespace, batch: int, roof: float) -> dict[str, A
         {"text": torch.zeros(length, config.text_dim)},
     )
     lists = pruning.anatomy(adapter, transformer).lists
-    out: dict[str, Any] = {"batch": batch, "tokens": latent[1] * latent[2] * latent[3] // _patch(config)}
+    tokens = latent[1] * latent[2] * latent[3] // _patch(config)
+    processes, kernel = Processes(0, 1, torch.device(device)), options.attention
+    if kernel == "fastest":
+        heads, dim = config.num_attention_heads, config.attention_head_dim
+        kernel = choose_fastest(processes, batch, heads, tokens, dim)
+    else:
+        processes.choose_attention(kernel)
+    out: dict[str, Any] = {"batch": batch, "tokens": tokens, "attention_kernel": kernel}
     known = foreseen(options, recipe, batch)
     results = {}
     for compiled in (False, True) if options.compile else (False,):
@@ -152,7 +159,7 @@ def measure(options: argparse.Namespace, batch: int, roof: float) -> dict[str, A
         )  # fmt: skip
         if options.model != "tiny":
             transformer = transformer.to("cpu") if compiled == options.compile else transformer
-        trainer = DistillationTrainer(Processes(0, 1, torch.device(device)), team, recipe, data, batch=batch)
+        trainer = DistillationTrainer(processes, team, recipe, data, batch=batch)
         found = data.rows(range(batch))
         clean, text = found["latents"].float(), found["text"]
         noise, s = torch.randn_like(clean), torch.rand(batch, device=device)
@@ -213,13 +220,14 @@ def main() -> None:
     words.add_argument("--checkpointing", action="store_true")
     words.add_argument("--compile", action="store_true")
     words.add_argument("--profile", action="store_true")
-    words.add_argument("--attention", choices=("auto", "cudnn"), default="auto", help="torch's fused kernel")
+    words.add_argument(
+        "--attention", choices=("fastest", "auto", "cudnn"), default="fastest", help="torch's fused kernel"
+    )
     words.add_argument("--ratio", type=int, default=0, help="updates of the critic for one of the student")
     words.add_argument("--repeats", type=int, default=5)
     words.add_argument("--out", type=Path, required=True)
     options = words.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    Processes(0, 1, torch.device(device)).choose_attention(options.attention)
     roof = peak(device)
     print(f"peak {roof / 1e12:.1f} TFLOP/s", flush=True)
     record = {

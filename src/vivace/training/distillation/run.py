@@ -32,6 +32,7 @@ from vivace.training.distillation.trainer import DistillationTrainer
 from vivace.training.distillation.validation import Validation
 from vivace.training.distillation.watch import Watch
 from vivace.training.distillation.weights import full_precision, wear
+from vivace.training.fused_attention import choose_fastest
 from vivace.training.loop import train
 from vivace.training.losses.derivative import derivative_gap
 from vivace.training.losses.paths import interpolate
@@ -162,17 +163,25 @@ def run(
 
     def form(student: Any) -> None:
         if choices.attention:
-            call = {
-                "hidden_states": data.rows([0], ("latents",))["latents"],
-                "encoder_hidden_states": data.empty["text"][None],
-            }
-            grid = adapter.grid_of_call(student.config, call)
             student_forms.attention(
                 student, adapter, grid, choices.attention, density=choices.density, block=choices.block
             )
         if choices.linears:
             student_forms.linears(student, adapter, choices.linears)
 
+    grid = adapter.grid_of_call(
+        pipeline.transformer.config,
+        {
+            "hidden_states": data.rows([0], ("latents",))["latents"],
+            "encoder_hidden_states": data.empty["text"][None],
+        },
+    )
+    kernel = "auto"
+    if derivative is None:  # forward-mode derivatives and differences are taken in float32, by other kernels
+        config = pipeline.transformer.config
+        kernel = choose_fastest(
+            processes, choices.batch, config.num_attention_heads, grid.video, config.attention_head_dim
+        )
     team = assemble(
         pipeline.transformer,
         anatomy.lists,
@@ -254,6 +263,7 @@ def run(
         "teacher": identity,
         "data": {"clips": len(data), "hash": data.hash},
         "sampler": asdict(artifact.sampler),
+        "attention_kernel": kernel,
         "prepared_seconds": round(prepared, 1),
         "derivative_gap": gap,
         "validation": final,
