@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from density import other
 
 from vivace.core.errors import VivaceError
 from vivace.evaluation.record import Record, Samples
@@ -75,15 +76,9 @@ def read(folder: Path) -> tuple[Record, dict[str, Cell]]:
     for record in records:
         if record.contender.kind != "plan":
             continue
-        same = (record.task, record.model.sha256, record.model.dtype, record.environment.get("fingerprint"))
-        if same != (
-            reference.task,
-            reference.model.sha256,
-            reference.model.dtype,
-            reference.environment.get("fingerprint"),
-        ):
+        if wrong := other(record, reference):
             raise VivaceError(
-                f"{record.contender.name} in {folder} was measured on another task, model or machine than exact."
+                f"{record.contender.name} in {folder} was measured on another {wrong} than exact."
             )
         name = record.contender.name
         share = record.counts["flops"] / reference.counts["flops"]

@@ -141,8 +141,16 @@ def other(a: Record, b: Record) -> str:
         return "task"
     if (a.model.sha256, a.model.dtype) != (b.model.sha256, b.model.dtype):
         return "model"
-    same = a.environment.get("fingerprint") == b.environment.get("fingerprint")
-    return "" if same else "machine"
+    return "" if place(a) == place(b) else "machine"
+
+
+def place(record: Record) -> dict[str, Any]:
+    """Where a clip was made; on a GPU how many threads its processor had does not matter to what a clip is like."""
+    kept = dict(record.environment)
+    if "gpu" in kept:
+        for name in ("threads", "fingerprint"):
+            kept.pop(name, None)
+    return kept
 
 
 def measured(point: Point, exact: Samples, points: float) -> dict[str, Any]:
