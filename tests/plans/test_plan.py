@@ -232,6 +232,16 @@ def test_what_a_stand_in_stands_for_must_be_in_the_plan_to_matter(model):
     assert [t.card.name for t in plan.fitted(model).techniques] == ["mild"]
 
 
+def test_company_goes_where_the_other_is_left_out(tmp_path, model, picky):
+    source = tmp_path / "plan.yaml"
+    lines = STAND_IN.replace("unless", "beside")
+    for made_for, left in (("NAME", ["early"]), (f"'{model.name}'", ["picky", "mild", "early"])):
+        source.write_text(lines.replace("NAME", made_for))
+        plan = Plan.load(source)
+        assert Plan.load(plan.save(tmp_path / "again.yaml")).beside == plan.beside == {"mild": "picky"}
+        assert sorted(t.card.name for t in plan.fitted(model).techniques) == sorted(left)
+
+
 def test_an_unknown_name_after_unless_is_refused(tmp_path):
     source = tmp_path / "plan.yaml"
     source.write_text("techniques: [{technique: mild, unless: erly}]")

@@ -79,6 +79,21 @@ def test_a_preset_has_the_solver_where_one_is_fitted(preset, others):
             assert told == []
 
 
+def test_turbo_is_the_student_where_there_is_one():
+    plan = Plan.load("turbo")
+    names = {t.card.name for t in plan.fitted(describe("tiny")).techniques}
+    student = {"student_checkpoint", "student_sampler", "vsa", "tiny_decode"}
+    assert names == student | {"int8_linear"}
+    assert plan.steps(describe("tiny")) == 4
+    assert plan.check(describe("tiny")) == []
+    other = describe("wan2.1-1.3b")
+    names = {t.card.name for t in plan.fitted(other).techniques}
+    assert names == {"few_steps", "guidance_interval", "int8_linear"}
+    (told,) = plan.check(other)
+    assert told.technique == "student_checkpoint"
+    assert "vivace distill" in told.message
+
+
 def test_other_weights_of_the_same_model_get_the_stand_ins():
     """A solver fits one set of weights; a preset runs on a fine-tuned copy all the same, and says what it left out."""
     pipe = pipeline("wan2.1")

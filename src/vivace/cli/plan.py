@@ -118,6 +118,8 @@ def _stages(plan: Plan) -> Table:
             settings += "\noptional: left out where the model lacks what it needs"
         if other := plan.unless.get(technique.card.name):
             settings += f"\nunless {other} is there"
+        if other := plan.beside.get(technique.card.name):
+            settings += f"\nleft out where {other} is"
         source = f"\n[quiet]arXiv {escape(card.cite.arxiv)}[/]" if card.cite.arxiv else ""
         stage = card.stage.value.partition(" ")[2]
         rows.add_row(stage, f"[name]{card.name}[/]", escape(settings), escape(card.summary) + source)

@@ -228,7 +228,7 @@ def plan_of(text: str) -> Plan:
     replaced = {plan.unless[name] for name in changed if name in plan.unless}
     kept = [t for name, t in items.items() if name not in replaced]
     unless = {name: other for name, other in plan.unless.items() if other not in replaced}
-    return Plan(kept, called, plan.summary, plan.optional - replaced, unless)
+    return Plan(kept, called, plan.summary, plan.optional - replaced, unless, plan.beside)
 
 
 @contextmanager

@@ -410,7 +410,12 @@ def proposals(
             if len(kept) == len(plan.techniques):
                 continue
         made = Made(
-            (*kept, *(registry[n]() for n in names)), plan.name, plan.summary, plan.optional, plan.unless
+            (*kept, *(registry[n]() for n in names)),
+            plan.name,
+            plan.summary,
+            plan.optional,
+            plan.unless,
+            plan.beside,
         )
         if any(p.severity == "error" and p.kind != "device" for p in made.problems(model)):
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class Plan:
         summary: one sentence for people.
         optional: names of techniques that are left out, with a warning, on a model that lacks what they need.
         unless: technique -> another one that takes its place: the first is left out where the other stays.
+        beside: technique -> another one that it belongs to: the first is left out where the other is.
     """
 
     techniques: tuple[Technique, ...] = ()
@@ -46,6 +47,7 @@ class Plan:
     summary: str = field(default="", compare=False)
     optional: frozenset[str] = frozenset()
     unless: Mapping[str, str] = field(default_factory=dict, hash=False)
+    beside: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __init__(
         self,
@@ -54,6 +56,7 @@ class Plan:
         summary: str = "",
         optional: Iterable[str] = (),
         unless: Mapping[str, str] | None = None,
+        beside: Mapping[str, str] | None = None,
     ) -> None:
         items = tuple(techniques)
         if wrong := [t for t in items if not isinstance(t, Technique)]:
@@ -63,15 +66,19 @@ class Plan:
         object.__setattr__(self, "summary", summary)
         names = {t.card.name for t in items}
         object.__setattr__(self, "optional", frozenset(optional) & names)
-        kept = {a: b for a, b in dict(unless or {}).items() if {a, b} <= names}
-        object.__setattr__(self, "unless", kept)
+        for relation, pairs in (("unless", unless), ("beside", beside)):
+            kept = {a: b for a, b in dict(pairs or {}).items() if {a, b} <= names}
+            object.__setattr__(self, relation, kept)
 
     def fitted(self, model: ModelDescription) -> Plan:
-        """The plan without the optional techniques that the model cannot serve, and without their stand-ins."""
-        able = [t for t in self.techniques if t.card.name not in self.optional or not self._needs(t, model)]
-        names = {t.card.name for t in able}
-        kept = (t for t in able if self.unless.get(t.card.name) not in names)
-        return Plan(kept, self.name, self.summary, self.optional, self.unless)
+        """The plan without the optional techniques that the model cannot serve, their company, and idle stand-ins."""
+        kept = [t for t in self.techniques if t.card.name not in self.optional or not self._needs(t, model)]
+        for _ in self.beside:  # what is left out may have company itself
+            names = {t.card.name for t in kept}
+            kept = [t for t in kept if self.beside.get(t.card.name, t.card.name) in names]
+        names = {t.card.name for t in kept}
+        kept = [t for t in kept if self.unless.get(t.card.name) not in names]
+        return replace(self, techniques=kept)
 
     def ordered(self) -> tuple[Technique, ...]:
         """Techniques in the order of application; ones that stand at identity are left out."""
@@ -119,8 +126,9 @@ class Plan:
             item = {"technique": values.pop("_type"), "version": values.pop("_version"), **values}
             if technique.card.name in self.optional:
                 item["optional"] = True
-            if other := self.unless.get(technique.card.name):
-                item["unless"] = other
+            for relation, pairs in (("unless", self.unless), ("beside", self.beside)):
+                if other := pairs.get(technique.card.name):
+                    item[relation] = other
             items.append(item)
         return {"vivace_plan": VERSION, "name": self.name, "summary": self.summary, "techniques": items}
 
@@ -139,7 +147,8 @@ class Plan:
             raise ConfigError(
                 f"the plan has version {data['vivace_plan']}, this Vivace reads {VERSION}; update it."
             )
-        techniques, optional, unless = [], set(), {}
+        techniques, optional = [], set()
+        relations: dict[str, dict[str, str]] = {"unless": {}, "beside": {}}
         for item in data["techniques"] or ():
             item = {"technique": item} if isinstance(item, str) else dict(item)
             if "technique" not in item:
@@ -150,10 +159,11 @@ class Plan:
             version = item.pop("version", found.version)
             if item.pop("optional", False):
                 optional.add(found.card.name)
-            if other := item.pop("unless", ""):
-                unless[found.card.name] = registry[other].card.name
+            for relation, pairs in relations.items():
+                if other := item.pop(relation, ""):
+                    pairs[found.card.name] = registry[other].card.name
             techniques.append(found.from_dict(item | {"_version": version}))
-        return cls(techniques, data.get("name", default_name), data.get("summary", ""), optional, unless)
+        return cls(techniques, data.get("name", default_name), data.get("summary", ""), optional, **relations)
 
     # -- checks -----------------------------------------------------------------------------------------------
 
@@ -214,7 +224,7 @@ class Plan:
 
     def steps(self, model: ModelDescription) -> int:
         """Number of solver steps this plan makes by default on a model."""
-        settings = (getattr(t, "steps", None) for t in self.ordered())
+        settings = (getattr(t, "steps", None) for t in self.fitted(model).ordered())
         own = [s for s in settings if isinstance(s, int)]
         return own[-1] if own else int(model.defaults.get("num_inference_steps", 50))
 

@@ -191,6 +191,9 @@ class Session:
         with self.edit.by(name):
             technique.apply(target)
         if self.edit.edits(name) == before:
+            if technique.may_decline:
+                self.warnings.append(f"{name} changed nothing: it would gain nothing on this device.")
+                return
             raise NoEffectError(
                 f"{name} found nothing to change in {self.model.name}; leave it out of the plan."
             )

@@ -407,6 +407,11 @@ class Technique(Config):
         return Problem(self.card.name, kind, message, severity)
 
     @property
+    def may_decline(self) -> bool:
+        """Whether it may find, when it is applied, that changing nothing is best here; else that is an error."""
+        return False
+
+    @property
     def is_identity(self) -> bool:
         """Whether a knob stands at its identity value, so that the technique changes nothing."""
         return any(k.has_identity and getattr(self, name) == k.identity for name, k in self.knobs().items())

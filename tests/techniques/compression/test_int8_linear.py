@@ -11,6 +11,7 @@ from torch import nn
 from vivace import Plan, accelerate
 from vivace.core.errors import PlanError
 from vivace.models.describe import describe_pipeline
+from vivace.techniques.compression import int8_linear
 from vivace.techniques.compression.int8_linear import Int8Linear
 from vivace.testing import models
 
@@ -168,3 +169,24 @@ def test_blocks_compile_once(backend) -> None:
         fast("a red sphere", seed=3, **call)
     assert counters["stats"]["unique_graphs"] == graphs
     torch.testing.assert_close(first, eager, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("gain", [0.5, 2.0])
+def test_layers_that_get_no_faster_are_left_alone(monkeypatch, gain) -> None:
+    """`when: faster` goes by the times of this device; here the clock is set."""
+
+    def clock(runs, device, repeats):
+        for run in runs.values():
+            run()
+        return {"exact": [gain] * repeats, "int8": [1.0] * repeats}
+
+    monkeypatch.setattr(int8_linear, "timed", clock)
+    monkeypatch.setattr(int8_linear, "_gains", {})
+    pipe = models.pipeline("wan2.1")
+    count = len([m for m in pipe.transformer.blocks.modules() if isinstance(m, nn.Linear)])
+    exact = latents(generate(pipe, []))
+    out = generate(pipe, [Int8Linear(when="faster", backend="int_mm")])
+    effects = next(t for t in out.receipt.techniques if t.name == "int8_linear").effects
+    left = count if gain < 1 else 0
+    assert (effects.get("linears_left_exact", 0), effects.get("linears", 0)) == (left, count - left)
+    assert torch.equal(latents(out), exact) == (gain < 1)

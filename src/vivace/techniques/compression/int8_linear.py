@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vivace.core.footprint import Footprint
 from vivace.core.shapes import Workload
-from vivace.kernels.api import candidates, select
+from vivace.kernels.api import Choice, candidates, device_name, select, timed
 from vivace.models.adapter import Expert, LinearSite, ModelDescription, Need
 from vivace.techniques.base import (
     Card,
@@ -26,6 +27,10 @@ from vivace.techniques.base import (
 from vivace.techniques.compression.linears import blocks_between, takes_role
 
 NAME = OP = "int8_linear"
+TOKENS, REPEATS = 512, 5
+GAIN = 1.05
+"""Times as fast as before that a layer must be to be worth its rounding, under `when: faster`."""
+_gains: dict[tuple[Any, ...], float] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +64,19 @@ class Int8Linear(Technique):
     """Whether activations are rounded too. `weight_only` saves memory, hardly ever time."""
     roles: str = knob("all", choices=("all", "ffn", "attention"))
     """Which linears of a block: feed-forward, attention projections (cross-attention and text too), or both."""
+    when: str = knob("always", choices=("always", "faster"))
+    """`faster`: only layers whose product of integers is faster than the one it replaces, timed as the plan is applied.
+    Processors without 8-bit dot products keep their layers, so that a plan is never slower for it."""
     skip_blocks: int = knob(0, low=0, high=4)
     """Blocks left alone, at the front and likewise at the back: they are the most sensitive."""
     keep: str = knob("host", choices=("host", "device"))
     """Where the original weights wait for the end of the session: in main memory, or on the device (saves nothing)."""
     backend: str = "auto"
     """Kernel by name (`vivace.kernels.int8_linear`), or `auto`."""
+
+    @property
+    def may_decline(self) -> bool:
+        return self.when == "faster"
 
     def claims(self, model: ModelDescription) -> tuple[Claim, ...]:
         return (exclusive("linear.weight", blocks_between(model, self.skip_blocks)),)
@@ -89,6 +101,8 @@ class Int8Linear(Technique):
         return found
 
     def memory(self, model: ModelDescription, workload: Workload, base: Footprint) -> Footprint:
+        if self.when == "faster":
+            return base  # that it saves anything is not known before
         depths = {expert.name: expert.depth for expert in model.experts}
         for part in base.parts:
             if part.name in depths:
@@ -109,6 +123,13 @@ class Int8Linear(Technique):
         sizes = [size for linear in linears for size in (linear.in_features, linear.out_features)]
         device = linears[0].weight.device.type
         choice = select(OP, self.backend, device=device, mode=self.mode, features=math.gcd(*sizes))
+        if self.when == "faster":
+            slow = self._slower(linears, choice)
+            target.report(NAME, "linears_left_exact", sum(_size(linear) in slow for linear in linears))
+            pairs = [(s, x) for s, x in zip(sites, linears, strict=True) if _size(x) not in slow]
+            if not pairs:
+                return
+            sites, linears = [s for s, _ in pairs], [x for _, x in pairs]
         target.chosen(choice)
         before = after = 0
         for site, linear in zip(sites, linears, strict=True):
@@ -116,6 +137,27 @@ class Int8Linear(Technique):
             after += self._convert(target, site, choice.run(linear, self.mode))
         for effect, amount in (("linears", len(sites)), ("bytes_before", before), ("bytes_after", after)):
             target.report(NAME, effect, amount)
+
+    def _slower(self, linears: list[Any], choice: Choice) -> set[tuple[int, int]]:
+        """Sizes of layers that 8 bits make no faster on their device; found out once for each."""
+        import torch
+
+        slow = set()
+        for size, linear in {_size(x): x for x in linears}.items():
+            weight = linear.weight
+            key = (device_name({"device": weight.device}), weight.dtype, size, self.mode, choice.name)
+            if key not in _gains:
+                new = choice.run(linear, self.mode)
+                x = torch.randn(TOKENS, linear.in_features, device=weight.device, dtype=weight.dtype)
+                with torch.no_grad():
+                    runs = {"exact": lambda x=x, f=linear: f(x), "int8": lambda x=x, f=new: f(x)}
+                    for run in runs.values():
+                        run()
+                    times = timed(runs, str(weight.device), REPEATS)
+                _gains[key] = statistics.median(times["exact"]) / statistics.median(times["int8"])
+            if _gains[key] < GAIN:
+                slow.add(size)
+        return slow
 
     def _convert(self, target: Target, site: LinearSite, new: Any) -> int:
         """Put the quantised layer in force; returns the bytes of its weight and scales."""
@@ -141,6 +183,10 @@ class Int8Linear(Technique):
 
     def _takes_role(self, role: str) -> bool:
         return takes_role(self.roles, role)
+
+
+def _size(linear: Any) -> tuple[int, int]:
+    return linear.in_features, linear.out_features
 
 
 def _nbytes(tensor: Any) -> int:

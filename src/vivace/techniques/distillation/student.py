@@ -161,8 +161,25 @@ class StudentCheckpoint(Technique):
 
     # -- before anything is loaded --------------------------------------------------------------------------------
 
+    def missing(self, model: ModelDescription) -> str:
+        """Why a student that comes with Vivace cannot serve a model; of other files `check` tells."""
+        from vivace.models.student import shipped_students
+
+        if self.path not in shipped_students():
+            return ""
+        artifact = self.artifact()
+        own = artifact is None or artifact.base in ("", architecture(model.experts[0].config))
+        if own and (artifact is None or not _strange(artifact, model.weights)):
+            return ""
+        return (
+            f"has '{self.path}', a student of the embedded model, and {model.name} is another; train one of it with "
+            "`vivace distill`, or give a public student's name."
+        )
+
     def check(self, model: ModelDescription) -> list[Problem]:
         problems = []
+        if self.missing(model):
+            return []  # told by the plan
         try:
             artifact, _ = self.artifact(), self.contract()
             for name, files in self.files().items():

@@ -159,6 +159,18 @@ class Team:
 
         return call
 
+    def opinion(self, batch: Batch) -> Callable[[Tensor, Tensor], tuple[Tensor, list[Tensor]]]:
+        """(x, s) -> the discriminator's logits and the hidden states (B, N, C) that it read them from."""
+        if self.critic is None or self.head is None:
+            raise ConfigError("this team has no discriminator.")
+        look, head = self.critic.seen(batch["text"]), self.head
+
+        def call(x: Tensor, s: Tensor) -> tuple[Tensor, list[Tensor]]:
+            states = [state.float() for state in look(x, s)[1]]
+            return head(states), states
+
+        return call
+
     def learners(self) -> dict[str, list[nn.Module]]:
         """Modules that learn, by role."""
         found: dict[str, list[nn.Module]] = {"student": [self.student.module]}

@@ -5,9 +5,14 @@ from __future__ import annotations
 from vivace.core.errors import ConfigError
 from vivace.training.distillation.recipe import Recipe
 from vivace.training.distillation.recipes.adversarial import Adversarial
-from vivace.training.distillation.recipes.consistency import Consistency, PhasedConsistency
+from vivace.training.distillation.recipes.consistency import Consistency, DualConsistency, PhasedConsistency
 from vivace.training.distillation.recipes.continuous import ContinuousConsistency, RegularisedConsistency
-from vivace.training.distillation.recipes.dmd import DistributionMatching, TrajectoryMatching
+from vivace.training.distillation.recipes.dmd import (
+    DistributionMatching,
+    PhasedMatching,
+    RewardedMatching,
+    TrajectoryMatching,
+)
 from vivace.training.distillation.recipes.flow_map import AnyStep, MeanFlow
 from vivace.training.distillation.recipes.regression import Guidance, PiecewiseFlow, Progressive, Reflow
 
@@ -16,10 +21,13 @@ RECIPES: dict[str, type[Recipe]] = {
     for recipe in (
         Consistency,
         PhasedConsistency,
+        DualConsistency,
         ContinuousConsistency,
         RegularisedConsistency,
         DistributionMatching,
+        RewardedMatching,
         TrajectoryMatching,
+        PhasedMatching,
         Adversarial,
         MeanFlow,
         AnyStep,

@@ -1,4 +1,4 @@
-"""Distribution matching: DMD2, and along trajectories, TDM."""
+"""Distribution matching: DMD2, also with a reward, and along trajectories: TDM, Phased DMD."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vivace.core.errors import ConfigError
 from vivace.training.distillation.recipe import Recipe, Told, Turn
 from vivace.training.losses.adversarial import non_saturating_discriminator, non_saturating_generator
 from vivace.training.losses.distribution import (
@@ -15,10 +16,13 @@ from vivace.training.losses.distribution import (
     distribution_matching_loss,
     fake_score_loss,
     interval_score_loss,
+    phased_matching_loss,
+    reward_weights,
     student_turn,
     times_between,
     trajectory_matching_loss,
 )
+from vivace.training.losses.motion import frame_differences
 from vivace.training.losses.paths import clean_from_velocity, euler_step, interpolate
 
 
@@ -53,9 +57,13 @@ class DistributionMatching(Recipe):
         assert turn.team.critic is not None
         clean = own_clips(self, turn)
         s, noise = turn.times(), turn.chance.normal(clean)
+        scale = self.scale(turn, clean.detach())
         loss, told = distribution_matching_loss(
-            clean, turn.team.guided(turn.batch, self.guidance), turn.team.critic.velocity(turn.text), s, noise
-        )
+            clean, turn.team.guided(turn.batch, self.guidance), turn.team.critic.velocity(turn.text), s, noise,
+            scale=scale,
+        )  # fmt: skip
+        if scale is not None:
+            told |= {"weight": scale.max()}
         if self.gan:
             fooled = non_saturating_generator(turn.team.judge(turn.batch)(interpolate(clean, noise, s), s)[1])
             loss, told = loss + self.gan * fooled, told | {"fooled": fooled.detach()}
@@ -64,6 +72,39 @@ class DistributionMatching(Recipe):
     def critic(self, turn: Turn) -> tuple[Tensor, Told]:
         """Flow matching on the student's clips; real clips against them."""
         return critic_of_samples(self, turn, self.gan)
+
+    def scale(self, turn: Turn, made: Tensor) -> Tensor | None:
+        """What the samples of the student's own clips (B, C, T, H, W) weigh, (B,); None for all alike."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardedMatching(DistributionMatching):
+    """Reward Forcing's Re-DMD (arXiv:2512.04678): DMD in which clips that a reward likes weigh more.
+
+    It differs: the paper's reward is a video language model's score of motion; here it is how much a clip's latents
+    change from frame to frame beside those of a real clip with its caption, at most 1: as lively as real is enough.
+    No network judges, and every model has latents.
+
+    Attributes:
+        beta: of `exp(reward / beta)`; smaller looks at the liveliest alone. most: no sample weighs more.
+    """
+
+    name: ClassVar[str] = "rewarded"
+    paper: ClassVar[str] = "2512.04678"
+    summary: ClassVar[str] = "distribution matching in which clips that move as real ones do weigh more"
+    beta: float = 0.5
+    most: float = 4.0
+
+    def scale(self, turn: Turn, made: Tensor) -> Tensor:
+        """Weights about 1: the reward less the batch's mean."""
+        if made.shape[2] < 2:
+            raise ConfigError(
+                "one latent frame has no motion to reward; train on longer clips, or take dmd2."
+            )
+        moves, real = (frame_differences(x).abs().mean((1, 2, 3, 4)) for x in (made, turn.clean))
+        reward = (moves / real.clamp_min(1e-6)).clamp_max(1.0)
+        return reward_weights(reward, beta=self.beta, baseline=reward.mean(), high=self.most)
 
 
 def own_clips(recipe: Recipe, turn: Turn) -> Tensor:
@@ -142,8 +183,46 @@ class TrajectoryMatching(Recipe):
                 generator=turn.chance,
             )
             end = euler_step(x, turn.velocity(x, s), s, r)
-        late = times_between(r, s, generator=turn.chance)
+        late = times_between(r, self.latest(s), generator=turn.chance)
         return (
             interval_score_loss(turn.team.critic.velocity(turn.text), end, r, late, turn.chance.normal(end)),
             {},
         )
+
+    def latest(self, s: Tensor) -> Tensor:
+        """Up to what times the critic learns the ends of steps that begin at s (B,)."""
+        return s
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhasedMatching(TrajectoryMatching):
+    """Phased DMD (arXiv:2510.27684): the end of every step has the teacher's distribution, asked at all times above it.
+
+    It differs: one network for all phases, a phase for each step, where the paper trains an expert for each.
+    """
+
+    name: ClassVar[str] = "phased_dmd"
+    paper: ClassVar[str] = "2510.27684"
+    summary: ClassVar[str] = "distribution matching at the end of every step, compared at all times above it"
+
+    def student(self, turn: Turn) -> tuple[Tensor, Told]:
+        """One step of the trajectory, drawn at random."""
+        assert turn.team.critic is not None
+        start = backward_simulation(
+            turn.velocity,
+            turn.chance.normal(turn.clean),
+            self.levels(turn.team.shift),
+            mode="ode",
+            generator=turn.chance,
+        )
+        return phased_matching_loss(
+            turn.velocity,
+            start,
+            turn.team.guided(turn.batch, self.guidance),
+            turn.team.critic.velocity(turn.text),
+            generator=turn.chance,
+        )
+
+    def latest(self, s: Tensor) -> Tensor:
+        """All of them."""
+        return torch.ones_like(s)
