@@ -33,3 +33,26 @@ def test_renders_are_what_their_captions_say_on_the_scale_of_the_metric() -> Non
     assert 0.5 < float((table**2).mean()) ** 0.5 < 2.0
     low, high = quality.interval(table, table)
     assert low <= quality.mmd2(table, table) <= high
+
+
+def test_a_subset_is_compared_with_the_exact_run_clip_by_clip() -> None:
+    subset = script("students_subset")
+    exact = {
+        f"{p}.{k}": {
+            "attributes": 1.0,
+            "motion": float("nan") if p == 1 else 1.0,
+            "dynamic_degree": 1.0,
+            "flow_magnitude": 0.5,
+        }
+        for p in range(4)
+        for k in range(2)
+    }
+    rows = [
+        {"id": name, "attributes": 0.5, "motion": 0.0, "dynamic_degree": 1.0, "flow_magnitude": 0.25}
+        for name in exact
+    ]
+    found = subset.compared(rows, exact)
+    assert found["clips"] == 8
+    assert found["attributes"]["difference"]["value"] == -0.5
+    assert found["motion"]["exact"] == 1.0
+    assert found["flow_magnitude"]["value"] == 0.25
