@@ -21,6 +21,7 @@ from student_quality import maker
 
 import vivace
 from vivace.core.env import environment
+from vivace.core.errors import VivaceError
 from vivace.evaluation.metrics.base import Context
 from vivace.evaluation.metrics.dynamic_degree import DynamicDegree
 from vivace.evaluation.paired import paired
@@ -79,8 +80,11 @@ def main() -> None:
     words.add_argument("--out", type=Path, required=True)
     options = words.parse_args()
     torch.set_num_threads(options.threads)
-    task = Task.load(options.task)
-    exact = exact_rows(options.exact, task.full_name)
+    try:
+        task = Task.load(options.task)
+        exact = exact_rows(options.exact, task.full_name)
+    except VivaceError as error:
+        words.error(str(error))
     samples = [s for s in task.samples() if options.prompts[0] <= s.prompt < options.prompts[1]]
     record = {"benchmark": "students on some prompts", "task": options.task, "contenders": {}}
     if options.out.is_file():
