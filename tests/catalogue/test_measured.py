@@ -8,6 +8,7 @@ import pytest
 
 from vivace import catalogue
 from vivace.core.errors import ConfigError
+from vivace.core.packed import write_packed
 
 TASK = {"name": "world-smoke@1", "sha256": "t"}
 MODEL = {"name": "tiny", "weights": "trained"}
@@ -123,4 +124,16 @@ def test_damaged_records_are_named(store, text):
     folder = store()
     (folder / "run" / "records" / "bad.json").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"bad\.json"):
+        catalogue.read_records(folder)
+
+
+def test_packed_records_are_read_like_others(store):
+    folder = store(aa=record("exact", kind="exact", seconds=16.0, flops=400.0))
+    (folder / "other").mkdir()
+    write_packed(folder / "other" / "records.jsonl.xz", {"bb": record("mine", techniques=["radial"])})
+    found = catalogue.newest_record("radial", folder)
+    assert found is not None
+    assert (found.id, found.figures["speed_up"]) == ("bb", pytest.approx(2.0))
+    (folder / "other" / "records.jsonl.xz").write_bytes(b"no")
+    with pytest.raises(ConfigError, match=r"records\.jsonl\.xz is damaged"):
         catalogue.read_records(folder)

@@ -64,7 +64,7 @@ def test_an_interrupted_run_says_what_is_kept(vivace, here: Path, monkeypatch) -
     monkeypatch.setattr(runs, "run", stopped)
     arguments = ("distill", "--recipe", "lcm", *QUICK)
     early = vivace(*arguments)
-    assert (early.code, "before the first checkpoint; nothing is kept" in early.err) == (130, True)
+    assert (early.code, "before training began; nothing is kept" in early.err) == (130, True)
     (here / "student.ckpt").touch()
     late = vivace(*arguments)
     assert late.code == 130

@@ -9,15 +9,12 @@ from vivace.techniques.base import registry
 from vivace.testing import Case
 
 WHOLE = (
-    "few_steps",
     "first_block_cache",
     "guidance_interval",
     "int8_linear",
     "lora",
-    "optimal_schedule",
     "radial",
     "solver",
-    "student_checkpoint",
     "student_sampler",
     "whole_clip_decode",
 )

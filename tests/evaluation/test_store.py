@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from vivace.core.errors import OutputError
+from vivace.core.packed import read_packed, write_packed
 from vivace.evaluation.record import Contender, Model, Record, Samples, TaskRef
-from vivace.evaluation.store import Store, StoreError
+from vivace.evaluation.store import PACKED, Store, StoreError
 
 
 def make(name: str = "exact", created: str = "2026-01-01T00:00:00", **more: Any) -> Record:
@@ -178,3 +179,78 @@ def test_needs_no_torch(tmp_path: Path) -> None:
 def test_files_are_plain_json(tmp_path: Path) -> None:
     name = Store(tmp_path).add(make())
     assert json.loads((tmp_path / "records" / f"{name}.json").read_text())["vivace_record"] == 1
+
+
+def packed(tmp_path: Path) -> tuple[Store, list[str]]:
+    store = Store(tmp_path)
+    names = [store.add(make(), some()), *(store.add(make(n)) for n in ("slow", "fast", "faster"))]
+    store.pack()
+    return store, names
+
+
+def test_a_packed_store_holds_what_it_held(tmp_path: Path) -> None:
+    store, names = packed(tmp_path)
+    assert not (tmp_path / "records").exists()
+    for found in (store, Store.existing(tmp_path)):
+        assert found.ids() == sorted(names)
+        assert {r.id for r in found.records()} == set(names)
+        assert found.scan()[1] == []
+        assert found.record(names[1][:6]).contender.name == "slow"
+        assert found.samples(found.record(names[0])).ids == some().ids
+        assert names[0] in found
+        assert "0" * 16 not in found
+
+
+def test_a_packed_store_grows_and_is_packed_again(tmp_path: Path) -> None:
+    store, names = packed(tmp_path)
+    later = store.add(make("later"))
+    assert (tmp_path / "records" / f"{later}.json").is_file()
+    assert store.ids() == sorted([*names, later])
+    assert store.add(make("slow")) == names[1]
+    assert len(store.records()) == 5
+    store.pack()
+    assert Store(tmp_path).ids() == sorted([*names, later])
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "renamed"])
+def test_damage_to_a_packed_file_is_noticed(tmp_path: Path, damage: str) -> None:
+    store, names = packed(tmp_path)
+    file = tmp_path / PACKED
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-30])
+    else:
+        documents = read_packed(file)
+        if damage == "changed":
+            documents[names[1]]["created"] = "2027"
+        else:
+            documents["0" * 16] = documents.pop(names[1])
+        write_packed(file, documents)
+    with pytest.raises(StoreError, match=r"records\.jsonl\.xz"):
+        store.records()
+    assert len(store.scan()[1]) == 1
+
+
+def test_a_damaged_record_is_not_packed_away(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    name = store.add(make())
+    file = tmp_path / "records" / f"{name}.json"
+    file.write_text("{")
+    with pytest.raises(StoreError, match="damaged"):
+        store.pack()
+    assert file.is_file()
+    assert not (tmp_path / PACKED).exists()
+
+
+def test_stores_are_packed_by_a_command(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    name = store.add(make())
+
+    def run(*names: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "vivace.evaluation.store", *names]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert "1 records in" in run(str(store.path)).stdout
+    assert Store(store.path).ids() == [name]
+    refused = run(str(tmp_path / "nowhere"))
+    assert refused.returncode == 2
+    assert "there is no folder" in refused.stderr

@@ -108,7 +108,7 @@ def test_a_trainer_as_a_program(capsys) -> None:
 
     for main, code, says in (
         (wrong, 2, "error: give another."),
-        (stopped, 130, "goes on from the last saved step"),
+        (stopped, 130, "goes on from the last step"),
     ):
         with pytest.raises(SystemExit) as end:
             command(main)

@@ -15,6 +15,7 @@ from typing import Any
 
 from vivace.catalogue.schema import Method, key
 from vivace.core.errors import ConfigError
+from vivace.core.packed import read_packed
 
 DEFAULT_FOLDER = Path("benchmarks/results")
 _SERIES = ("psnr", "lpips_alex", "jod", "ssim", "attributes", "accuracy")
@@ -52,12 +53,14 @@ class Measured:
 
 
 def read_records(folder: str | Path) -> tuple[dict[str, Any], ...]:
-    """All records below a folder (`records/*.json`, at any depth), newest first; the file's stem is added as `id`.
+    """All records below a folder, loose (`records/*.json`) or packed, at any depth; newest first, with their `id`.
 
     Raises:
-        ConfigError: a file is no JSON object.
+        ConfigError: a file is no JSON object, or a packed one is damaged.
     """
     found = []
+    for path in sorted(Path(folder).glob("**/records.jsonl.xz")):
+        found += [{**data, "id": name} for name, data in read_packed(path).items()]
     for path in sorted(Path(folder).glob("**/records/*.json")):
         try:
             data = json.loads(path.read_text(encoding="utf-8"))

@@ -185,7 +185,7 @@ def distill(
 ) -> None:
     """Train a few-step student, and write it with a plan that uses it.
 
-    Interrupted, the same command goes on behind the last checkpoint. Several GPUs:
+    Interrupted, the same command goes on where it was. Several GPUs:
     torchrun --nproc-per-node N -m vivace distill ...
     """
     from vivace.cli import distill_told
@@ -358,10 +358,9 @@ def _train(recipe: Recipe, choices: Choices, device: str) -> None:
     except KeyboardInterrupt:
         checkpoint = choices.out.with_suffix(".ckpt")
         if not checkpoint.exists():
-            raise Interrupted("interrupted before the first checkpoint; nothing is kept.") from None
+            raise Interrupted("interrupted before training began; nothing is kept.") from None
         raise Interrupted(
-            f"interrupted; what was learned up to the last checkpoint is kept in {checkpoint}: the same command "
-            "goes on behind it."
+            f"interrupted; what was learned is kept in {checkpoint}: the same command goes on behind it."
         ) from None
     finally:
         _leave(processes)

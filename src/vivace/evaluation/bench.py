@@ -329,7 +329,7 @@ class Bench:
         note = self.job.folder(contender) / "record.txt"
         if self._only_quality and note.is_file():
             known = note.read_text(encoding="utf-8")
-            if (self.store.path / "records" / f"{known}.json").is_file():
+            if known in self.store:
                 # Of the same work, before an interruption.
                 self.outcome.records[contender.name] = known
                 return

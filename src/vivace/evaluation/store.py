@@ -1,7 +1,9 @@
 """The store: a folder of records that only grows. A file's name is the hash of what it holds.
 
 `DIR/records/<id>.json`, `DIR/samples/<sha256>.json.gz` (named by the record) and `DIR/clips/<hash>.mp4`. Nothing is
-rewritten and nothing is deleted, so two machines' stores are joined by copying files. This module imports no torch.
+rewritten and nothing is deleted, so two machines' stores are joined by copying files. A store that will not grow any
+more can be packed, `python -m vivace.evaluation.store DIR`: its records then lie in `DIR/records.jsonl.xz`, a
+twentieth of the size, and are read from there like any other. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -10,13 +12,17 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import zlib
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from vivace.core.errors import ConfigError, OutputError, VivaceError
+from vivace.core.packed import read_packed, write_packed
 from vivace.evaluation.record import Record, Samples
+
+PACKED = "records.jsonl.xz"
 
 Key = tuple[str, str, str, str, str, str, str]
 """Task name and hash, contender, environment fingerprint, model name, hash and dtype."""
@@ -36,6 +42,7 @@ class Store:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._loaded: dict[Path, tuple[tuple[int, int], Record]] = {}
+        self._unpacked: tuple[tuple[int, int] | None, dict[str, Record]] = (None, {})
 
     @classmethod
     def existing(cls, path: str | Path) -> Store:
@@ -47,7 +54,7 @@ class Store:
         store = cls(path)
         if not store.path.is_dir():
             raise StoreError(f"there is no folder {path}; give the folder that `vivace bench --out` wrote.")
-        if not store._files():
+        if not store._files() and not store._packed():
             raise StoreError(f"the folder {path} holds no records; run `vivace bench --out {path}` first.")
         return store
 
@@ -100,7 +107,28 @@ class Store:
 
     def ids(self) -> list[str]:
         """Ids of all records, sorted."""
-        return [file.stem for file in self._files()]
+        return sorted({file.stem for file in self._files()} | set(self._packed()))
+
+    def pack(self) -> Path:
+        """Move all records into one small file. Samples and clips stay where they are.
+
+        Returns:
+            The packed file.
+
+        Raises:
+            StoreError: a record is damaged; nothing was changed.
+            OutputError: the file cannot be written; nothing was changed.
+        """
+        file = self.path / PACKED
+        write_packed(file, {record.id: record.to_dict() for record in self.records()})
+        self._unpacked = (None, {})
+        kept = self._packed()
+        for loose in self._files():
+            if loose.stem in kept:
+                loose.unlink()
+        with contextlib.suppress(OSError):
+            (self.path / "records").rmdir()
+        return file
 
     def records(self) -> list[Record]:
         """All records, oldest first.
@@ -108,17 +136,24 @@ class Store:
         Raises:
             StoreError: a file is damaged.
         """
-        return sorted((self._load(file) for file in self._files()), key=_age)
+        found = dict(self._packed())
+        found |= {file.stem: self._load(file) for file in self._files()}
+        return sorted(found.values(), key=_age)
 
     def scan(self) -> tuple[list[Record], list[str]]:
         """All records that can be read, oldest first, and a sentence for each file that cannot."""
-        found, problems = [], []
+        found: dict[str, Record] = {}
+        problems = []
+        try:
+            found |= self._packed()
+        except VivaceError as error:
+            problems.append(str(error))
         for file in self._files():
             try:
-                found.append(self._load(file))
+                found[file.stem] = self._load(file)
             except VivaceError as error:
                 problems.append(str(error))
-        return sorted(found, key=_age), problems
+        return sorted(found.values(), key=_age), problems
 
     def record(self, name: str) -> Record:
         """The record of an id, or of the only id that starts so (at least 4 digits).
@@ -128,14 +163,20 @@ class Store:
         """
         file = self._record_file(name)
         if not file.is_file():
-            near = [f for f in self._files() if f.stem.startswith(name)] if len(name) >= 4 else []
+            near = [i for i in self.ids() if i.startswith(name)] if len(name) >= 4 else []
             if len(near) != 1:
                 what = f"{len(near)} records that start with" if near else "no record"
                 raise StoreError(
                     f"{self.path} holds {what} '{name}'; give one of the ids in {self.path}/records."
                 )
-            file = near[0]
+            if near[0] in self._packed():
+                return self._packed()[near[0]]
+            file = self._record_file(near[0])
         return self._load(file)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a record of this whole id."""
+        return self._record_file(name).is_file() or name in self._packed()
 
     def samples(self, record: Record) -> Samples:
         """The values of a record's single samples.
@@ -193,6 +234,28 @@ class Store:
 
     def _files(self) -> list[Path]:
         return sorted((self.path / "records").glob("[!.]*.json"))
+
+    def _packed(self) -> dict[str, Record]:
+        """Records of the packed file by id, each checked against its name."""
+        file = self.path / PACKED
+        try:
+            stat = file.stat()
+        except OSError:
+            return {}
+        stamp = (stat.st_mtime_ns, stat.st_size)
+        if self._unpacked[0] != stamp:
+            try:
+                found = {name: Record.from_dict(data) for name, data in read_packed(file).items()}
+            except ConfigError as error:
+                raise StoreError(str(error)) from error
+            for name, record in found.items():
+                if record.id != name:
+                    raise StoreError(
+                        f"a record in {file} was changed: its content belongs to the name {record.id}, not {name}; "
+                        "copy the file again."
+                    )
+            self._unpacked = (stamp, found)
+        return self._unpacked[1]
 
     def _record_file(self, name: str) -> Path:
         return self.path / "records" / f"{name}.json"
@@ -300,6 +363,21 @@ def _check(samples: Samples, what: str) -> None:
             )
     if len(set(samples.ids)) != n:
         raise StoreError(f"{what} have an id twice; give every sample its own.")
+
+
+def main() -> None:
+    """Pack the stores that are named on the command line."""
+    for name in sys.argv[1:]:
+        try:
+            file = Store.existing(name).pack()
+        except VivaceError as error:
+            print(error, file=sys.stderr)
+            raise SystemExit(2) from None
+        print(f"{file}: {len(Store(name).ids())} records in {file.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()
 
 
 __all__ = ["Store", "StoreError", "key", "load_record", "newest"]

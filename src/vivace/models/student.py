@@ -249,7 +249,7 @@ def _packed(deltas: State, store: str) -> dict[str, Tensor]:
             small = delta.bfloat16() if rank and codes else delta
             tensors[name + DELTA] = small.cpu().contiguous()
         elif rank:
-            up, down = _factors(delta, rank)
+            up, down = low_rank(delta, rank)
             if codes:
                 # One scale for each singular vector: those of both factors can be multiplied.
                 (right, wide), (left, high) = quantised(down), quantised(up.mT)
@@ -264,7 +264,7 @@ def _packed(deltas: State, store: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _factors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def low_rank(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best up (out, r) @ down (r, in) of a matrix, the root of the singular values in each."""
     if min(delta.shape) <= _EXACT_SVD:
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vivace.core.errors import VivaceError
 from vivace.tiny.train.common import Budget, Processes
+from vivace.training.interruption import held_interruption
 
 LINE_EVERY = 10.0
 """Seconds between progress lines."""
@@ -32,6 +33,8 @@ def train(
 ) -> dict[str, Any]:
     """Train until the budget is spent; its clock starts now.
 
+    A process that trains alone and is interrupted ends its update and keeps a checkpoint first.
+
     Args:
         update: makes update number `step` at a progress from 0 to 1, and returns the loss on the device.
         save: keeps a checkpoint; is given what this loop needs to go on (`step`, `curve`, `seconds`). Called on the
@@ -46,6 +49,9 @@ def train(
     Returns:
         `steps`, `seconds`, `finished` (whether the budget is spent), `curve_columns` and `curve`, whose losses are
         means since the line before.
+
+    Raises:
+        KeyboardInterrupt: as said, behind the checkpoint.
     """
     step, curve, told = 0, [], told or {}
     if state is not None:
@@ -55,30 +61,35 @@ def train(
     progress = processes.agree(budget.progress(step))
     saved = line = time.perf_counter()
     total, since = torch.zeros((), device=processes.device), 0
-    while progress < 1.0:
-        total, since, step = total + update(step + 1, progress), since + 1, step + 1
-        if budget.steps is not None:
-            progress = budget.progress(step)
-        elif step % look_every == 0:
-            total.item()  # waits for the device, which keeps the clock honest
-            progress = processes.agree(budget.progress(step))
-        if enough is not None and enough():
-            progress = 1.0
-        now = time.perf_counter()
-        if progress >= 1.0 or now - line > LINE_EVERY:
-            more = {name: value() for name, value in told.items()}
-            curve.append([step, round(budget.seconds(), 1), round(float(total) / since, 5), *more.values()])
-            tail = "".join(f", {name} {value}" for name, value in more.items())
-            processes.say(
-                f"step {step} {budget.seconds():.0f} s {100 * progress:.0f} %: loss {curve[-1][2]:.4f}{tail}"
-            )
-            total, since, line = torch.zeros_like(total), 0, now
-        if progress >= 1.0 or now - saved > save_every or step == stop_after:
-            if processes.leads:
-                save({"step": step, "curve": curve, "seconds": budget.seconds()})
-            saved = time.perf_counter()
-        if step == stop_after:
-            break
+    with held_interruption(processes.world == 1) as interruption:
+        while progress < 1.0:
+            total, since, step = total + update(step + 1, progress), since + 1, step + 1
+            if budget.steps is not None:
+                progress = budget.progress(step)
+            elif step % look_every == 0:
+                total.item()  # waits for the device, which keeps the clock honest
+                progress = processes.agree(budget.progress(step))
+            if enough is not None and enough():
+                progress = 1.0
+            now, stopped = time.perf_counter(), bool(interruption)
+            if progress >= 1.0 or now - line > LINE_EVERY:
+                more = {name: value() for name, value in told.items()}
+                curve.append(
+                    [step, round(budget.seconds(), 1), round(float(total) / since, 5), *more.values()]
+                )
+                tail = "".join(f", {name} {value}" for name, value in more.items())
+                processes.say(
+                    f"step {step} {budget.seconds():.0f} s {100 * progress:.0f} %: loss {curve[-1][2]:.4f}{tail}"
+                )
+                total, since, line = torch.zeros_like(total), 0, now
+            if progress >= 1.0 or now - saved > save_every or step == stop_after or stopped:
+                if processes.leads:
+                    save({"step": step, "curve": curve, "seconds": budget.seconds()})
+                saved = time.perf_counter()
+            if stopped:
+                interruption.act()
+            if step == stop_after:
+                break
     return {
         "steps": step,
         "seconds": round(budget.seconds(), 1),
@@ -97,7 +108,7 @@ def command(main: Callable[[], Any]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         print(
-            "interrupted; the same command goes on from the last saved step, or anew where none was saved yet.",
+            "interrupted; the same command goes on from the last step, or anew where training had not begun.",
             file=sys.stderr,
         )
         sys.exit(130)

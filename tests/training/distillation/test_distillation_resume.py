@@ -15,6 +15,7 @@ from vivace.core.errors import ConfigError, WeightsError
 from vivace.models.student_artifact import metadata
 from vivace.tiny.train.common import load_checkpoint
 from vivace.training.distillation import watch
+from vivace.training.distillation.trainer import DistillationTrainer
 
 CASES = {
     "dmd2": {"settings": {"ratio": 2}},
@@ -198,3 +199,23 @@ def test_what_is_no_number_is_not_kept(small, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="not finite"):
         distil("lcm", small, out, save_every=0.0)
     assert checkpoint(out.with_suffix(".ckpt"))["step"] == 2
+
+
+def test_an_interrupted_run_keeps_its_update_and_goes_on_bit_for_bit(small, tmp_path, monkeypatch):
+    files = [tmp_path / f"{name}.safetensors" for name in ("whole", "parts")]
+    distil("lcm", small, files[0])
+    right = DistillationTrainer.update
+
+    def update(self, number, progress):
+        if number == 2:
+            signal.raise_signal(signal.SIGINT)
+        return right(self, number, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationTrainer, "update", update)
+        with pytest.raises(KeyboardInterrupt):
+            distil("lcm", small, files[1])
+    assert checkpoint(files[1].with_suffix(".ckpt"))["step"] == 2
+    record = distil("lcm", small, files[1])
+    assert record["steps"] == 6
+    assert same_file(*files)

@@ -31,7 +31,7 @@ from vivace.training.distillation.team import Team, assemble
 from vivace.training.distillation.trainer import DistillationTrainer
 from vivace.training.distillation.validation import Validation
 from vivace.training.distillation.watch import Watch
-from vivace.training.distillation.weights import full_precision, wear
+from vivace.training.distillation.weights import full_precision, take_up, wear
 from vivace.training.fused_attention import choose_fastest
 from vivace.training.loop import train
 from vivace.training.losses.derivative import derivative_gap
@@ -199,7 +199,7 @@ def run(
         form=form,
     )
     if choices.init is not None:
-        start_from(team, choices.init, base)
+        start_from(team, choices.init, base, learn=True)
     trainer = DistillationTrainer(processes, team, recipe, data, batch=choices.batch, seed=choices.seed)
     if state is not None:
         trainer.load_state_dict(state["trainer"])
@@ -323,8 +323,11 @@ def gather(
     return data, hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
-def start_from(team: Team, file: Path, base: dict[str, torch.Tensor]) -> None:
-    """Put a student file's weights into the student; what a delta does not name is the base's. LoRA layers start anew.
+def start_from(team: Team, file: Path, base: dict[str, torch.Tensor], *, learn: bool = False) -> None:
+    """Put a student file's weights into the student; what a delta does not name is the base's.
+
+    Args:
+        learn: LoRA layers go on with what the file adds to the base (`take_up`); else they are without effect.
 
     Raises:
         WeightsError: the file does not fit.
@@ -343,6 +346,8 @@ def start_from(team: Team, file: Path, base: dict[str, torch.Tensor]) -> None:
             kind = "was trained with sparse attention; ask for the same one"
         why = kind if all(name.startswith(EXTRA) for name in strange) else "is of another architecture"
         raise WeightsError(f"{file} {why}: the student has no {strange[0]}.")
+    if learn:
+        take_up(module, tensors, base)
 
 
 def check_derivative(team: Team, data: Samples, seed: int) -> float:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vivace.models.student import low_rank
 from vivace.training.distillation.sharding import local, put, whole_state
 
 BASE, LORA = ".base_layer.", ".lora_"
@@ -70,6 +71,34 @@ def wear(module: Any, tensors: Iterable[tuple[str, Tensor]]) -> set[str]:
             with torch.no_grad():
                 local(parameter).zero_()
     return strange
+
+
+def take_up(module: Any, student: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
+    """Move what a worn student adds to its base from the weights into the LoRA layers, as far as their rank reaches.
+
+    The network computes what it did. What it then learns stays within the same rank, so that a file of that rank holds
+    all of it; layers that start anew on top of the weights would need twice the rank.
+
+    Args:
+        module: has LoRA layers without effect and the student's weights.
+        student, base: whole weights by name, as in `merged_state`.
+    """
+    own = dict(module.named_parameters())
+    for name, scale in _lora_layers(module).items():
+        if f"{name}.weight" not in base:
+            continue
+        weight = student[f"{name}.weight"].float()
+        delta = weight - base[f"{name}.weight"].to(weight.device).float()
+        if not delta.any():
+            continue  # layers that start from zero need their random half
+        a = own[f"{name}{LORA}A.default.weight"]
+        up, down = low_rank(delta, a.shape[0])
+        for target, value in (
+            (a, down),
+            (own[f"{name}{LORA}B.default.weight"], up / scale),
+            (own[f"{name}{BASE}weight"], weight - up @ down),
+        ):
+            put(target, value.to(target.dtype))
 
 
 def _lora_layers(module: Any) -> dict[str, float]:
