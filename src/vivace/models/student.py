@@ -149,6 +149,8 @@ def merge_students(
 ) -> Path:
     """Write the student whose delta is the weighted sum of others'; all must come from one base.
 
+    Trained tensors of sparse attention are the weighted mean over the students that have them.
+
     Args:
         paths, weights: the students and the factors of their deltas.
         out: the file to write.
@@ -170,6 +172,7 @@ def merge_students(
     files, known = [Path(p) for p in paths], "" if base_state is None else weights_hash(base_state)
     total: dict[str, Tensor] = {}
     plain: dict[str, Tensor] = {}
+    shares: dict[str, float] = {}
     for file, factor in zip(files, weights, strict=True):
         head = read_head(file)
         if head.is_delta:
@@ -185,12 +188,19 @@ def merge_students(
         for name, delta in _deltas(file, base_state):
             if not name.startswith(EXTRA) and delta.is_floating_point():
                 total[name] = total[name] + factor * delta if name in total else factor * delta
+            elif name.startswith(SPARSE) and delta.is_floating_point():
+                before, known_share = plain.get(name, 0.0), shares.get(name, 0.0)
+                plain[name], shares[name] = before + factor * delta.float(), known_share + factor
             elif name in plain and not torch.equal(plain[name], delta):
                 raise WeightsError(
                     f"{name} differs between the students and cannot be added; merge one that has it."
                 )
             else:
                 plain[name] = delta
+    for name, share in shares.items():
+        if not share:
+            raise WeightsError(f"the weights of the students that have {name} add up to 0; give others.")
+        plain[name] = plain[name] / share
     return _write(out, plain | _packed(total, store), Head(store, known), artifact or _merged(files, weights))
 
 

@@ -216,6 +216,20 @@ def test_a_merged_student_runs(tmp_path):
     assert (latents(pipe) - ours).norm() < 0.05 * ours.norm()
 
 
+def test_gates_of_sparse_students_are_averaged_over_those_that_have_them(tmp_path):
+    pipe = pipeline("wan2.1")
+    base = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
+    name, files = "sparse_attention.transformer.blocks.0.attn1.gate", []
+    for seed, gate in enumerate(([1.0, 0.0], [3.0, 2.0], None)):
+        state = perturbed(pipe.transformer, seed) | ({} if gate is None else {name: torch.tensor(gate)})
+        files.append(save_student(tmp_path / f"{seed}.safetensors", state, base, Artifact()))
+    path = merge_students(files, [0.25, 0.5, 0.25], tmp_path / "all.safetensors")
+    found = dict(student_tensors([path], base.__getitem__))
+    torch.testing.assert_close(found[name], torch.tensor([7.0, 4.0]) / 3.0)
+    with pytest.raises(WeightsError, match="add up to 0"):
+        merge_students(files[:2], [0.5, -0.5], tmp_path / "none.safetensors")
+
+
 def test_a_delta_on_other_weights_is_refused_and_nothing_changes(tmp_path):
     pipe, other = pipeline("wan2.1"), pipeline("wan2.1", seed=1)
     state = pipe.transformer.state_dict()
