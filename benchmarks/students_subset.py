@@ -70,6 +70,26 @@ def compared(rows: list[dict[str, Any]], exact: dict[str, dict[str, float]]) -> 
     return out
 
 
+def kept(record: dict[str, Any], out: Path) -> None:
+    """Write the record, rows as columns: a third of the bytes."""
+    told = {
+        name: entry | {"rows": {k: [r[k] for r in entry["rows"]] for k in ("id", *SERIES)}}
+        for name, entry in record["contenders"].items()
+    }
+    out.write_text(json.dumps(record | {"contenders": told}, separators=(",", ":")) + "\n")
+
+
+def before(out: Path) -> dict[str, Any]:
+    """The record that is there, rows one by one, or an empty one."""
+    if not out.is_file():
+        return {"benchmark": "students on some prompts", "contenders": {}}
+    record = json.loads(out.read_text())
+    for entry in record["contenders"].values():
+        columns = entry["rows"]
+        entry["rows"] = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return record
+
+
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--plan", action="append", required=True, help="a preset or a file")
@@ -86,10 +106,7 @@ def main() -> None:
     except VivaceError as error:
         words.error(str(error))
     samples = [s for s in task.samples() if options.prompts[0] <= s.prompt < options.prompts[1]]
-    record = {"benchmark": "students on some prompts", "task": options.task, "contenders": {}}
-    if options.out.is_file():
-        record = json.loads(options.out.read_text())
-    record["environment"] = environment("cpu")
+    record = before(options.out) | {"task": options.task, "environment": environment("cpu")}
     pipeline, verifier, metric = vivace.load("tiny"), Verifier.load(), DynamicDegree()
     pipeline.set_progress_bar_config(disable=True)
     for spec in options.plan:
@@ -110,13 +127,13 @@ def main() -> None:
                         "attributes": sum(found.values()) / max(1, len(found)),
                         "motion": found.get("motion"),
                         "dynamic_degree": moved["dynamic_degree"][0],
-                        "flow_magnitude": moved["flow_magnitude"][0],
+                        "flow_magnitude": round(moved["flow_magnitude"][0], 5),
                     }
                 )
             entry |= compared(entry["rows"], exact)
-            options.out.write_text(json.dumps(record) + "\n")
+            kept(record, options.out)
         entry |= compared(entry["rows"], exact)
-        options.out.write_text(json.dumps(record) + "\n")
+        kept(record, options.out)
         print(plan.name, {k: v for k, v in entry.items() if k not in ("rows", "plan")}, flush=True)
 
 

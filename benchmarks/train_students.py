@@ -5,7 +5,7 @@
 
 Every student is one `vivace distill` command, on a GPU of its own; commands start as soon as a GPU is free and the
 student that they go on from is there. A killed run goes on where it was. Files, records and curves lie in
-`OUT/students` and `OUT/equal`, `OUT/train.json` tells the commands. Students that are merged from two come last.
+`OUT/students` and `OUT/equal`, `OUT/train.json` tells the commands. Students are merged once both parts are there.
 
 Equal: the same clips, batch and seconds for all. `adversarial` has to start from a student that nearly can do it, so
 half of its seconds are phased consistency's.
@@ -60,7 +60,7 @@ class Job:
 
 def students() -> list[Job]:
     """Phased consistency first, which is cheap; then distributions are matched, then attention becomes sparse."""
-    sparse = ("--attention", "vsa", "--density", "0.25")
+    sparse = (*SHORT, "--attention", "vsa", "--density", "0.25")
     pcm, dmd = (*SHORT, "--set", "rate=2e-4"), (*SHORT, *MATCHED, "--set", "gan=0")
     return [
         Job("pcm-4", "pcm", 100, more=pcm),
@@ -68,12 +68,17 @@ def students() -> list[Job]:
         Job("tdm-4", "tdm", 170, init="pcm-4", more=(*SHORT, *MATCHED)),
         Job("dmd2-4", "dmd2", 170, init="pcm-4", more=dmd),
         Job("dmd2-2", "dmd2", 150, 2, init="pcm-2", more=dmd),
-        Job("tdm-4-sparse", "tdm", 110, init="tdm-4", more=(*SHORT, *MATCHED, *sparse)),
+        Job("tdm-4-sparse", "tdm", 200, init="merged-4", more=(*MATCHED, *sparse)),
+        Job("pcm-4-sparse", "pcm", 80, init="merged-4", more=(*sparse, "--set", "rate=2e-4")),
         Job("dmd2-1", "dmd2", 110, 1, init="dmd2-2", more=dmd),
     ]
 
 
-MERGED = {"merged-4": ("dmd2-4", "pcm-4"), "merged-tdm-4": ("tdm-4", "pcm-4")}
+MERGED = {
+    "merged-4": ("dmd2-4", "pcm-4"),
+    "merged-tdm-4": ("tdm-4", "pcm-4"),
+    "merged-4-sparse": ("tdm-4-sparse", "pcm-4-sparse"),
+}
 """Students of half of each delta, sampled without fresh noise as the second is."""
 
 
@@ -116,11 +121,14 @@ def train(
                 del running[device]
                 failed += [] if process.returncode == 0 else [job.name]
                 print(f"{job.name}: {'done' if process.returncode == 0 else 'failed'}", flush=True)
+            merge(folder)
+            failed += [m for m, parts in MERGED.items() if m not in failed and set(parts) & set(failed)]
             while lost := [j for j in waiting if j.init in failed]:
                 failed += [j.name for j in lost]
                 waiting = [j for j in waiting if j not in lost]
             at_work = {job.name for job, _ in running.values()}
             not_yet = at_work | {j.name for j in waiting}
+            not_yet |= {m for m, parts in MERGED.items() if set(parts) & not_yet}
             ready = [j for j in waiting if j.init not in not_yet]
             for device in [d for d in devices if d not in running][: len(ready)]:
                 job = ready.pop(0)
@@ -146,20 +154,15 @@ def started(job: Job, logs: Path, device: str, command: list[str]) -> subprocess
 
 
 def merge(folder: Path) -> list[str]:
-    """The merged students, where both of their parts are there."""
+    """Make the merged students whose parts are finished; returns their names."""
     made = []
     for name, parts in MERGED.items():
         files = [folder / f"{part}.safetensors" for part in parts]
-        if all(f.is_file() for f in files):
-            artifact = Artifact.of(files[1])
-            merge_students(
-                files,
-                [0.5, 0.5],
-                folder / f"{name}.safetensors",
-                store=f"int8-lora:{RANK}",
-                artifact=artifact,
-            )
-            made.append(name)
+        if all((folder / f"{part}.json").is_file() for part in parts):
+            out, made = folder / f"{name}.safetensors", [*made, name]
+            if not out.is_file():
+                artifact = Artifact.of(files[1])
+                merge_students(files, [0.5, 0.5], out, store=f"int8-lora:{RANK}", artifact=artifact)
     return made
 
 

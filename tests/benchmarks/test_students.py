@@ -56,3 +56,12 @@ def test_a_subset_is_compared_with_the_exact_run_clip_by_clip() -> None:
     assert found["attributes"]["difference"]["value"] == -0.5
     assert found["motion"]["exact"] == 1.0
     assert found["flow_magnitude"]["value"] == 0.25
+
+
+def test_rows_of_a_subset_are_kept_as_columns_and_come_back(tmp_path) -> None:
+    subset, out = script("students_subset"), tmp_path / "subset.json"
+    assert subset.before(out)["contenders"] == {}
+    row = {"id": "0.1", "attributes": 0.5, "motion": None, "dynamic_degree": 1.0, "flow_magnitude": 0.25}
+    record = {"task": "t", "contenders": {"turbo": {"rows": [row, row | {"id": "1.0"}], "clips": 2}}}
+    subset.kept(record, out)
+    assert subset.before(out) == record

@@ -65,11 +65,29 @@ def test_what_failed_and_what_stood_on_it(runs) -> None:
     assert {name for name, *_ in found} == {"bad", "g"}
 
 
+def test_a_student_goes_on_from_a_merged_one_and_fails_with_its_parts(runs, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(module.Artifact, "of", lambda _: None)
+    monkeypatch.setattr(module, "merge_students", lambda files, weights, out, **_: out.touch())
+    monkeypatch.setattr(module, "MERGED", {"both": ("a", "b"), "none": ("a", "bad")})
+    jobs = [
+        Job("c", "tdm", 1, init="both"),
+        Job("d", "tdm", 1, init="none"),
+        *(Job(name, "pcm", 1) for name in ("a", "bad", "b")),
+    ]
+    failed, found = runs(jobs)
+    assert sorted(failed) == ["bad", "d", "none"]
+    there = {name: before for name, _, _, before in found}
+    assert {"a", "b"} <= there["c"]
+    assert (tmp_path / "both.safetensors").is_file()
+    assert "d" not in there
+
+
 @pytest.mark.parametrize("jobs", [module.students(), module.equal(60.0)])
 def test_every_command_is_one_that_distill_takes(jobs, tmp_path) -> None:
     names = [job.name for job in jobs]
     for job in jobs:
-        assert not job.init or names.index(job.init) < names.index(job.name)
+        before = module.MERGED.get(job.init, (job.init,) if job.init else ())
+        assert all(names.index(part) < names.index(job.name) for part in before)
         more = dict(zip(job.more[::2], job.more[1::2], strict=True))
         settings = [v for k, v in zip(job.more[::2], job.more[1::2], strict=True) if k == "--set"]
         assert recipe_of(job.recipe, settings, job.steps).steps == job.steps
@@ -78,4 +96,4 @@ def test_every_command_is_one_that_distill_takes(jobs, tmp_path) -> None:
             store=more.get("--store", "int8-delta"),
             lora=int(more.get("--lora", 0)),
         )
-    assert set(module.MERGED["merged-4"]) <= {job.name for job in module.students()}
+    assert {p for parts in module.MERGED.values() for p in parts} <= {job.name for job in module.students()}

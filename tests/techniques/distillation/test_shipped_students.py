@@ -38,11 +38,12 @@ def test_turbo_is_what_its_student_asks_for() -> None:
     assert {name: preset[name] for name in wanted} == wanted
 
 
-def test_a_merged_student_says_what_it_is_made_of() -> None:
-    said = Artifact.of(shipped_students()["4-step"])
+@pytest.mark.parametrize(("name", "parts"), [("4-step", ["pcm", "dmd2"]), ("4-step-sparse", ["tdm", "pcm"])])
+def test_a_merged_student_says_what_it_is_made_of(name: str, parts: list[str]) -> None:
+    said = Artifact.of(shipped_students()[name])
     assert said is not None
     assert said.recipe == "merge"
-    assert [r["recipe"] for r in said.settings["recipes"]] == ["pcm", "dmd2"]
+    assert [r["recipe"] for r in said.settings["recipes"]] == parts
 
 
 def test_one_step_makes_a_clip_and_the_teacher_comes_back() -> None:
