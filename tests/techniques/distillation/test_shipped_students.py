@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -32,8 +34,9 @@ def test_a_student_fits_the_embedded_model_and_no_other(name) -> None:
     assert any(p.technique == "student_checkpoint" and p.severity == "error" for p in told)
 
 
-def test_turbo_is_what_its_student_asks_for() -> None:
+def test_turbo_is_what_its_student_asks_for_with_a_dense_first_step() -> None:
     wanted = {t.card.name: t for t in plan_of("4-step-sparse")}
+    wanted["vsa"] = dataclasses.replace(wanted["vsa"], dense_steps=1)
     preset = {t.card.name: t for t in Plan.load("turbo").techniques}
     assert {name: preset[name] for name in wanted} == wanted
 
